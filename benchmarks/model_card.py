@@ -1,0 +1,95 @@
+"""Print the measured part of a bundled model's card.
+
+    python -m benchmarks.model_card fashion-mnist                       # test images
+    python -m benchmarks.model_card fashion-mnist --split held-out      # for choices
+
+Full likelihood, every partial scale, cascades, and a naive Bayes on the same tokens as the floor, on all images of the
+split. Before any figure is printed, the scores of 200 images are checked against the naive reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import varlik
+from benchmarks import naive_bayes
+from varlik import reference
+from varlik.cascade import AVARC_PLUS, Cascade
+from varlik.datasets import LabelledImages, fashion_mnist
+from varlik.evaluation.accuracy import AccuracyReport, evaluate
+from varlik.tokens import TokenMaps
+
+CHECKED = 200
+CASCADES = (AVARC_PLUS, Cascade.parse("3:5,6:1"), Cascade.parse("3:5,6:3,6x8:1"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="fashion-mnist")
+    parser.add_argument("--split", choices=("test", "held-out"), default="test")
+    parser.add_argument("--data", type=Path, help="folder with the IDX files")
+    parser.add_argument("--images", type=int, help="only the first so many")
+    parser.add_argument("--sigma", type=float, default=0.1, help="noise of smoothed stages")
+    options = parser.parse_args()
+
+    started = time.monotonic()
+    classifier = varlik.load(options.model)
+    data = fashion_mnist(options.split, options.data)[: options.images]
+    labels = torch.from_numpy(data.labels)
+    images = tokenize(classifier, data)
+    difference = check_against_reference(classifier, images[:CHECKED])
+    report = evaluate(classifier, images, labels, CASCADES, options.sigma)
+    floor = naive_bayes_accuracy(classifier, images, labels, options.data)
+    print(table(classifier, report, floor))
+    print()
+    print(
+        f"{report.images} {options.split} images; {report.nats_per_token:.3f} nats per token of the true class; "
+        f"calibration error of the full posterior {report.calibration_error:.3f}; noise of smoothed stages {options.sigma}; "
+        f"largest relative difference from the naive reference on {min(CHECKED, len(images))} images {difference:.1e}; "
+        f"{time.monotonic() - started:.0f} s on {classifier.device} with torch {torch.__version__}"
+    )
+
+
+def tokenize(classifier: varlik.VARClassifier, data: LabelledImages) -> TokenMaps:
+    parts = [classifier.tokenize(data.images[i : i + 500, ..., None]) for i in range(0, len(data), 500)]
+    return TokenMaps.concatenate(parts)
+
+
+def check_against_reference(classifier: varlik.VARClassifier, images: TokenMaps) -> float:
+    """Largest relative difference of full likelihoods from the naive pass; `SystemExit` when it exceeds 1e-5."""
+    labels = list(range(classifier.var.config.num_classes))
+    wanted = reference.log_likelihood(classifier.var, images.tokens, images.teacher_forcing_input, labels)
+    difference = ((classifier.log_likelihood(images) - wanted) / wanted).abs().max().item()
+    if difference > 1e-5:
+        raise SystemExit(f"scores differ from the reference by {difference:.1e}: no figures")
+    return difference
+
+
+def naive_bayes_accuracy(classifier: varlik.VARClassifier, images: TokenMaps, labels: torch.Tensor, folder: Path | None) -> float:
+    """Accuracy of position-wise code counts, fitted on the training images' tokens."""
+    training = fashion_mnist("train", folder)
+    config = classifier.var.config
+    tokens = tokenize(classifier, training).tokens
+    fitted = naive_bayes.fit(tokens, torch.from_numpy(training.labels), config.num_classes, config.vocab_size)
+    return (naive_bayes.log_likelihood(fitted, images.tokens).argmax(1) == labels).double().mean().item()
+
+
+def table(classifier: varlik.VARClassifier, report: AccuracyReport, floor: float) -> str:
+    """Markdown rows: method, tokens per image, top-1, agreement with full likelihood."""
+    config = classifier.var.config
+    lines = ["| method | tokens per image | top-1 | same answer as full likelihood |", "|---|---|---|---|"]
+    for scales, accuracy in enumerate(report.by_scales, start=1):
+        name = "full likelihood" if scales == config.num_scales else f"likelihood of {scales} of {config.num_scales} scales"
+        lines.append(f"| {name} | {config.num_classes * config.boundaries[scales]} | {100 * accuracy:.2f} % | |")
+    for row in report.cascades:
+        lines.append(f"| cascade `{row.cascade}` | {row.tokens} | {100 * row.accuracy:.2f} % | {100 * row.agreement:.2f} % |")
+    lines.append(f"| naive Bayes on the same tokens | | {100 * floor:.2f} % | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

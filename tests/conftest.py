@@ -1,0 +1,46 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the checkout first on the path, where varlik lies without its kernels. The tests take what is
+# installed, which is the checkout itself where that is installed with -e.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+# The problems here are small: many threads cost more than they save.
+torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of stored test data."""
+    return ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def golden_classifier(data: Path):
+    """The golden plain-AdaLN model as a classifier, with what the original modules gave for it."""
+    from varlik.classifier import VARClassifier
+    from varlik.models import checkpoints
+
+    files = [data / f"adaln.{part}.safetensors" for part in ("var", "vqvae")]
+    loaded = checkpoints.load_models(*files)
+    classifier = VARClassifier(loaded.var, loaded.vqvae, loaded.class_names, loaded.preprocessing)
+    return classifier, load_file(data / "adaln.expected.safetensors")

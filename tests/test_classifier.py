@@ -1,0 +1,182 @@
+"""The facade against the reference, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import varlik
+from varlik import reference, smoothing
+from varlik.models.config import Preprocessing
+from varlik.tokens import TokenMaps
+
+
+@pytest.fixture(scope="module")
+def images(golden_classifier):
+    classifier, expected = golden_classifier
+    return classifier.tokenize_pixels(expected["image"])
+
+
+@pytest.fixture(scope="module")
+def classifier(golden_classifier):
+    return golden_classifier[0]
+
+
+def naive(classifier, images, scales=None):
+    labels = list(range(classifier.var.config.num_classes))
+    return reference.log_likelihood(classifier.var, images.tokens, images.teacher_forcing_input, labels, scales)
+
+
+def test_log_likelihood_equals_reference(classifier, images):
+    for scales in (None, 1, 2, 3):
+        torch.testing.assert_close(
+            classifier.log_likelihood(images, scales=scales), naive(classifier, images, scales), rtol=1e-5, atol=0
+        )
+
+
+def test_float64_reference(classifier, images):
+    import copy
+
+    var = copy.deepcopy(classifier.var).double()
+    wanted = reference.log_likelihood(var, images.tokens, images.teacher_forcing_input.double(), [0, 3])
+    torch.testing.assert_close(classifier.log_likelihood(images, [0, 3]).double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_classes_in_any_order_by_index_and_name(classifier, images):
+    full = classifier.log_likelihood(images)
+    some = classifier.log_likelihood(images, [5, classifier.class_names[2], "0"])
+    torch.testing.assert_close(some, full[:, [5, 2, 0]], rtol=1e-5, atol=0)
+    null = classifier.log_likelihood(images, [classifier.null_class])
+    assert null.shape == (2, 1)
+
+
+def test_scores_do_not_depend_on_batch_or_chunks(classifier, images, monkeypatch):
+    full = classifier.log_likelihood(images)
+    alone = torch.cat([classifier.log_likelihood(images[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(alone, full, rtol=1e-5, atol=0)
+    monkeypatch.setattr("varlik.scoring.batched.LOGITS_BUDGET", 1)
+    torch.testing.assert_close(classifier.log_likelihood(images), full, rtol=1e-5, atol=0)
+
+
+def test_classify_full_and_posterior(classifier, images):
+    prediction = classifier.classify(images)
+    scores = naive(classifier, images)
+    assert prediction.classes.tolist() == scores.argmax(1).tolist()
+    assert prediction.names == tuple(classifier.class_names[i] for i in prediction.classes)
+    torch.testing.assert_close(prediction.posterior, scores.softmax(1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(classifier.posterior(images), prediction.posterior, rtol=1e-4, atol=1e-6)
+    assert torch.equal(prediction.ranking, scores.argsort(1, descending=True))
+    assert prediction.cost.tokens == prediction.cost.full_tokens == 7 * 30
+
+
+def test_prior_enters_by_bayes_rule(classifier, images):
+    scores = naive(classifier, images)
+    prior = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    wanted = (scores + (prior / 28).log()).softmax(1)
+    torch.testing.assert_close(classifier.posterior(images, prior=prior), wanted, rtol=1e-3, atol=1e-5)
+    only = [0.0] * 7
+    only[4] = 1.0
+    assert classifier.classify(images, prior=only).classes.tolist() == [4, 4]
+    assert classifier.classify(images, [6, 4], prior=[0, 1], cascade="2:1").classes.tolist() == [4, 4]
+
+
+def test_cascade_equals_reference_cascade(classifier, images):
+    seed, sigma = 11, 0.2
+    stages = [(2, 1, 5), (3, 1, 3), (4, 3, 1)]
+    prediction = classifier.classify(images, cascade="2:5,3:3,4x3:1", seed=seed, sigma=sigma)
+    samples = [smoothing.perturb(classifier.vqvae.quantize, images, s, sigma, seed) for s in range(3)]
+    for i in range(len(images)):
+        rows = [(maps.tokens[i : i + 1], maps.teacher_forcing_input[i : i + 1]) for maps in samples]
+        survivors, record = reference.cascade(classifier.var, rows, list(range(7)), stages)
+        assert prediction.classes[i].item() == survivors[0]
+        assert prediction.ranking[i, 0].item() == survivors[0]
+        for stage, (labels, scores) in zip(prediction.stages, record, strict=True):
+            assert stage.labels[i].tolist() == labels
+            torch.testing.assert_close(stage.log_likelihood[i], scores, rtol=1e-5, atol=0)
+        finalists = record[-1][0]
+        assert sorted(prediction.ranking[i, :3].tolist()) == sorted(finalists)
+        finite = torch.isfinite(prediction.log_likelihood[i])
+        assert prediction.labels[finite].tolist() == sorted(finalists)
+        assert prediction.posterior[i][~finite].eq(0).all()
+        assert prediction.posterior[i].sum().item() == pytest.approx(1)
+    assert sorted(prediction.ranking[0].tolist()) == list(range(7))
+    assert prediction.cost.tokens == 7 * 5 + 5 * 14 + 3 * 3 * 30
+
+
+def test_token_maps_by_scale(classifier, images):
+    assert images.token_map(3).shape == (2, 3, 3)
+    assert torch.equal(images.token_map(1).flatten(), images.tokens[:, 0])
+    with pytest.raises(ValueError, match="scale: expected 1 to 4, got 5"):
+        images.token_map(5)
+    joined = TokenMaps.concatenate([images[:1], images[1:]])
+    assert torch.equal(joined.tokens, images.tokens)
+    assert joined.keys == images.keys
+
+
+@pytest.mark.parametrize(
+    ("classes", "error", "message"),
+    [
+        ([], ValueError, "at least one"),
+        ([7, 8], ValueError, "from 0 to 6"),
+        ([-1], ValueError, "from 0 to 6"),
+        (["boat"], ValueError, "knows no class 'boat'"),
+        ([1, 1], ValueError, "more than once"),
+        ([1.5], TypeError, "indices or names"),
+        ([True], TypeError, "indices or names"),
+        ("0", TypeError, "list"),
+        (3, TypeError, "list"),
+    ],
+)
+def test_bad_classes(classifier, images, classes, error, message):
+    with pytest.raises(error, match=message):
+        classifier.log_likelihood(images, classes)
+
+
+@pytest.mark.parametrize("scales", [0, 5, -1])
+def test_bad_scales(classifier, images, scales):
+    with pytest.raises(ValueError, match="scales: expected 1 to 4"):
+        classifier.log_likelihood(images, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [([1, 2], "expected 7 values"), ([-1] + [1] * 6, "non-negative"), ([0] * 7, "positive sum"), ([float("nan")] * 7, "finite")],
+)
+def test_bad_prior(classifier, images, prior, message):
+    with pytest.raises(ValueError, match=message):
+        classifier.classify(images, prior=prior)
+
+
+def test_bad_cascades(classifier, images):
+    with pytest.raises(ValueError, match="the model has 4"):
+        classifier.classify(images, cascade="5:1")
+    with pytest.raises(ValueError, match="narrows"):
+        classifier.classify(images, cascade="2:2,3:4,4:1")
+
+
+def test_bad_pixels(classifier, golden_classifier):
+    pixels = golden_classifier[1]["image"]
+    with pytest.raises(ValueError, match="NaN"):
+        classifier.tokenize_pixels(pixels * torch.nan)
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        classifier.tokenize_pixels(pixels * 255)
+    with pytest.raises(ValueError, match=r"expected \(B, 3, 64, 64\)"):
+        classifier.tokenize_pixels(pixels[:, :, :32, :32])
+    with pytest.raises(TypeError, match="floating-point"):
+        classifier.tokenize_pixels((pixels * 100).to(torch.uint8))
+    with pytest.raises(ValueError, match="at least one"):
+        classifier.tokenize([])
+
+
+def test_parts_that_do_not_fit(classifier):
+    with pytest.raises(ValueError, match="class_names"):
+        varlik.VARClassifier(classifier.var, classifier.vqvae, ["a"], classifier.preprocessing)
+    with pytest.raises(ValueError, match="preprocessing"):
+        varlik.VARClassifier(classifier.var, classifier.vqvae, classifier.class_names, Preprocessing(8, 8))
+
+
+def test_token_maps_of_another_model(classifier, images):
+    import dataclasses
+
+    with pytest.raises(ValueError, match="another model"):
+        classifier.log_likelihood(dataclasses.replace(images, patch_nums=(1, 2)))

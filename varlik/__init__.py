@@ -1,0 +1,27 @@
+"""varlik: exact class likelihoods from visual autoregressive (VAR) models, and classification by them.
+
+    import varlik
+    classifier = varlik.load("fashion-mnist")
+    classifier.classify(["shoe.png"]).names
+"""
+
+from varlik._version import __version__
+from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage
+from varlik.classifier import Prediction, VARClassifier, load
+from varlik.models.checkpoints import CheckpointError
+from varlik.models.presets import list_models
+from varlik.tokens import TokenMaps
+
+__all__ = [
+    "AVARC_PLUS",
+    "VARC",
+    "Cascade",
+    "CheckpointError",
+    "Prediction",
+    "Stage",
+    "TokenMaps",
+    "VARClassifier",
+    "__version__",
+    "list_models",
+    "load",
+]

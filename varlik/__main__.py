@@ -1,0 +1,5 @@
+"""`python -m varlik`."""
+
+from varlik.cli import main
+
+main()

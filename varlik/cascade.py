@@ -1,0 +1,146 @@
+"""Cascades: which classes are scored how thoroughly, and who survives.
+
+A stage scores the classes still alive on the first `scales` token maps of `samples` samples and keeps the best `keep`.
+In text a stage is `scales:keep` or `scales x samples:keep`, stages are separated by commas: `"6:10,10:3,10x3:1"` scores six
+scales of every class, all ten scales of the best ten, and three samples of the best three. Scales may be a percentage of
+the model's, rounded down, so that one cascade fits models with different schedules.
+
+Source: A-VARC, ICLR 2026, section on partial-scale pruning, in the shape of its released configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_STAGE = re.compile(r"^(?P<scales>\d+%?)(?:x(?P<samples>\d+))?:(?P<keep>\d+)$")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a cascade.
+
+    `scales` counts token maps, or is a percentage of the model's such as `"60%"`; `samples` counts the clean sample; `keep`
+    is how many classes survive.
+    """
+
+    scales: int | str
+    keep: int
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        percent = re.fullmatch(r"(\d+)%", self.scales) if isinstance(self.scales, str) else None
+        if isinstance(self.scales, str):
+            if percent is None or not 1 <= int(percent[1]) <= 100:
+                raise ValueError(f"scales: expected a number or a percentage from 1% to 100%, got {self.scales!r}")
+        elif self.scales < 1:
+            raise ValueError(f"scales: expected 1 or more, got {self.scales}")
+        if self.samples < 1:
+            raise ValueError(f"samples: expected 1 or more, got {self.samples}")
+        if self.keep < 1:
+            raise ValueError(f"keep: expected 1 or more, got {self.keep}")
+
+    def scales_of(self, num_scales: int) -> int:
+        """How many of a model's `num_scales` scales this stage reads. Raises `ValueError` if it wants more."""
+        if isinstance(self.scales, str):
+            return max(1, num_scales * int(self.scales[:-1]) // 100)
+        if self.scales > num_scales:
+            raise ValueError(f"cascade: stage {self} wants {self.scales} scales, the model has {num_scales}")
+        return self.scales
+
+    def __str__(self) -> str:
+        return f"{self.scales}{f'x{self.samples}' if self.samples > 1 else ''}:{self.keep}"
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Stages from cheap to thorough. Raises `ValueError` when one widens or the last keeps more than one class."""
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("cascade: expected at least one stage, got none")
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.keep > before.keep:
+                raise ValueError(f"cascade: stage {after} keeps more classes than {before} before it; a cascade narrows")
+        if self.stages[-1].keep != 1:
+            raise ValueError(f"cascade: the last stage must keep 1 class, {self.stages[-1]} keeps {self.stages[-1].keep}")
+
+    @classmethod
+    def parse(cls, text: str) -> Cascade:
+        """Read `"6:10,10:3,10x3:1"`. Raises `ValueError` naming the stage that cannot be read."""
+        stages = []
+        for part in text.split(","):
+            match = _STAGE.match(part.strip())
+            if match is None:
+                raise ValueError(f"cascade: cannot read stage {part.strip()!r}; expected scales:keep or scales x samples:keep, "
+                                 "such as 6:10 or 10x3:1")
+            scales = match["scales"]
+            stages.append(Stage(scales if scales.endswith("%") else int(scales), int(match["keep"]), int(match["samples"] or 1)))
+        return cls(tuple(stages))
+
+    def scales_of(self, num_scales: int) -> tuple[int, ...]:
+        """Scales that each stage reads of a model with `num_scales`.
+
+        Raises `ValueError` when a stage wants more than the model has or fewer than the stage before it.
+        """
+        scales = tuple(stage.scales_of(num_scales) for stage in self.stages)
+        for i, (before, after) in enumerate(zip(scales, scales[1:], strict=False)):
+            if after < before:
+                raise ValueError(f"cascade: stage {self.stages[i + 1]} reads fewer scales than {self.stages[i]} before it")
+        return scales
+
+    @property
+    def max_samples(self) -> int:
+        """Most samples that a stage asks for."""
+        return max(stage.samples for stage in self.stages)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.stages))
+
+
+VARC = Cascade.parse("100%:1")
+"""Full likelihood of every class."""
+
+AVARC_PLUS = Cascade.parse("60%:10,100%:3,100%x3:1")
+"""The released cascade: with ten scales it is 6:10,10:3,10x3:1."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage of a cascade scored, for B images of n live classes each.
+
+    `labels` (B, n) int64 and their `log_likelihood` (B, n), averaged over samples and summed over the stage's scales;
+    `tokens` evaluated per image (classes x samples x tokens); `seconds` for the whole batch.
+    """
+
+    stage: Stage
+    scales: int
+    labels: Tensor
+    log_likelihood: Tensor
+    tokens: int
+    seconds: float
+
+
+Scorer = Callable[[Tensor, int, int], Tensor]
+
+
+def run(cascade: Cascade, labels: Tensor, log_prior: Tensor, num_scales: int, score: Scorer) -> list[tuple[int, Tensor, Tensor]]:
+    """Narrow down `labels` (B, N) stage by stage.
+
+    `score(labels, scales, samples)` gives the smoothed log-likelihoods (B, n) of live labels; `log_prior` (num_classes + 1,)
+    is added when classes are ranked. Returns for every stage its scales, labels (B, n) and log-likelihoods (B, n). Ties go
+    to the class that stands first.
+    """
+    results = []
+    for stage, scales in zip(cascade.stages, cascade.scales_of(num_scales), strict=True):
+        scores = score(labels, scales, stage.samples)
+        results.append((scales, labels, scores))
+        order = torch.argsort(scores + log_prior[labels], dim=1, descending=True, stable=True)
+        labels = labels.gather(1, order[:, : stage.keep])
+    return results

@@ -1,0 +1,341 @@
+"""The facade: load a model, ask how likely images are under classes, classify them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlik import cascade as cascades
+from varlik import images as image_files
+from varlik import smoothing
+from varlik.cascade import VARC, Cascade, StageResult
+from varlik.models import checkpoints
+from varlik.models.config import Preprocessing
+from varlik.models.var import VAR
+from varlik.models.vqvae import VQVAE
+from varlik.scoring import batched
+from varlik.smoothing import Aggregate
+from varlik.tokens import TokenMaps, tokenize
+
+Images = Any
+"""What `varlik.images` reads (paths, PIL images, tensors, arrays, lists of them), or `TokenMaps`."""
+
+Classes = Sequence[int | str] | Tensor | None
+"""Classes by index or name; None means every class of the model."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a prediction took: `tokens` per image through the transformer, `full_tokens` that the full likelihood of every
+    candidate class would take, and `seconds` for the whole batch, tokenising included."""
+
+    tokens: int
+    full_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Answer for B images among N candidate classes.
+
+    - `classes` (B,) int64: the best class of each image, `names` likewise as text.
+    - `labels` (N,): the candidate classes; the columns below follow it.
+    - `log_likelihood` (B, N): scores of the last stage in natural log; NaN for classes that an earlier stage dropped.
+    - `posterior` (B, N): probability of each class under the prior; 0 for dropped classes.
+    - `ranking` (B, N): all candidate classes, best first; a class dropped earlier stands behind those that went further.
+    - `stages`: what every stage of the cascade scored. `cost`: what it took.
+    """
+
+    classes: Tensor
+    names: tuple[str, ...]
+    labels: Tensor
+    log_likelihood: Tensor
+    posterior: Tensor
+    ranking: Tensor
+    stages: tuple[StageResult, ...]
+    cost: Cost
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+def load(source: str | Path, vqvae: str | Path | None = None, device: str | torch.device | None = None) -> VARClassifier:
+    """Load a classifier.
+
+    `source` is a name from `varlik.list_models()`, a Hub repo id, a folder with `var.safetensors` and `vqvae.safetensors`,
+    or a `.safetensors` or `.pth` file of a VAR transformer; `vqvae` names the file of its VQ-VAE where it does not lie
+    beside it. `device` defaults to the first CUDA GPU, else the CPU.
+
+    Raises `FileNotFoundError` when something is neither here nor to be had, and `ValueError` for an unknown name or a
+    checkpoint that does not fit, with the tensors that differ.
+    """
+    loaded = checkpoints.load_models(source, vqvae)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return VARClassifier(
+        loaded.var.to(device), loaded.vqvae.to(device), loaded.class_names, loaded.preprocessing, name=loaded.name
+    )
+
+
+class VARClassifier:
+    """A VAR model used as a classifier: log p(image | class) for every class, and what follows from it.
+
+    Wherever images are taken, `TokenMaps` (see `tokenize`) are taken too, so that an image is encoded once.
+    Results do not depend on the batch an image stands in (float32: to 1e-5 relative).
+    """
+
+    def __init__(
+        self, var: VAR, vqvae: VQVAE, class_names: Sequence[str], preprocessing: Preprocessing, name: str = "custom"
+    ):
+        """`class_names` has one name per class, the null class left out. Raises `ValueError` when parts do not fit."""
+        if len(class_names) != var.config.num_classes:
+            raise ValueError(f"class_names: expected {var.config.num_classes} names, got {len(class_names)}")
+        if var.config.patch_nums != vqvae.config.patch_nums:
+            raise ValueError(f"vqvae: scales {vqvae.config.patch_nums} differ from the transformer's {var.config.patch_nums}")
+        if preprocessing.resolution != vqvae.config.resolution or preprocessing.channels != vqvae.config.in_channels:
+            raise ValueError(f"preprocessing: {preprocessing} does not make {vqvae.config.resolution}-pixel images "
+                             f"with {vqvae.config.in_channels} channels")
+        self.var = var.eval()
+        self.vqvae = vqvae.eval()
+        self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.var.pos_start.device
+
+    @property
+    def null_class(self) -> int:
+        """Index of the class that means "unconditional"; accepted wherever class indices are."""
+        return self.var.config.null_class
+
+    def to(self, device: str | torch.device) -> VARClassifier:
+        """Move the model and return it."""
+        self.var.to(device)
+        self.vqvae.to(device)
+        return self
+
+    def tokenize(self, images: Images) -> TokenMaps:
+        """Token maps of images of any kind that `varlik.images` reads; token maps are returned as they are.
+
+        Raises `ValueError`, `TypeError` or `FileNotFoundError` naming the image that cannot be used.
+        """
+        if isinstance(images, TokenMaps):
+            if images.patch_nums != self.var.config.patch_nums:
+                raise ValueError(f"images: token maps of another model, with scales {images.patch_nums}")
+            return images
+        return tokenize(self.vqvae, image_files.load_many(images, self.preprocessing))
+
+    def tokenize_pixels(self, pixels: Tensor) -> TokenMaps:
+        """Token maps of pixels (B, C, S, S) in [-1, 1] that need no preprocessing. Raises as `varlik.tokens.tokenize`."""
+        return tokenize(self.vqvae, pixels)
+
+    def token_log_prob(self, images: Images, classes: Classes = None, scales: int | None = None) -> Tensor:
+        """log p(token | coarser token maps, class), (B, N, L_k) float32, over the first `scales` scales (default: all).
+
+        Raises `ValueError` for unknown classes and scales out of range, and as `tokenize`.
+        """
+        images = self.tokenize(images)
+        labels = self.labels(classes)
+        return batched.token_log_prob(self.var, images, labels.expand(len(images), -1), scales)
+
+    def log_likelihood(self, images: Images, classes: Classes = None, scales: int | None = None) -> Tensor:
+        """log p(image | class) in natural log, (B, N) float32; with `scales`, of the first token maps only.
+
+        Raises as `token_log_prob`.
+        """
+        return self.token_log_prob(images, classes, scales).sum(-1)
+
+    def smoothed_log_likelihood(
+        self,
+        images: Images,
+        classes: Classes = None,
+        *,
+        samples: int = 10,
+        sigma: float = 0.1,
+        seed: int = 0,
+        scales: int | None = None,
+        aggregate: Aggregate = "mean",
+        include_clean: bool = True,
+    ) -> Tensor:
+        """Log-likelihood averaged over `samples` perturbed samples of each image, (B, N) float32.
+
+        `sigma` is the standard deviation of the noise on the feature map; noise depends on (seed, image, sample) only.
+        With `include_clean` the unperturbed image is one of the samples. `aggregate` is "mean" (of log-likelihoods, as the
+        released A-VARC does) or "log-mean-exp" (the paper's equation).
+
+        Raises `ValueError` for samples below 1, a sigma that is not positive, an unknown `aggregate`, and as above.
+        """
+        if samples < 1:
+            raise ValueError(f"samples: expected 1 or more, got {samples}")
+        smoothing.check_aggregate(aggregate)
+        images = self.tokenize(images)
+        labels = self.labels(classes).expand(len(images), -1)
+        numbers = range(samples) if include_clean else range(1, samples + 1)
+        scores = self._sample_scores(images, labels, numbers, sigma, seed, scales)
+        return smoothing.aggregate(scores, aggregate)
+
+    def posterior(
+        self, images: Images, classes: Classes = None, *, scales: int | None = None, prior: Sequence[float] | Tensor | None = None
+    ) -> Tensor:
+        """p(class | image) over the given classes, (B, N), by Bayes' rule.
+
+        `prior` (N,) follows `classes` and need not sum to one; default uniform. Summed log-likelihoods are over-confident:
+        expect values near 0 and 1. Raises `ValueError` for a prior of another length or with negative entries.
+        """
+        labels = self.labels(classes)
+        log_prior = _log_prior(prior, len(labels), self.device)
+        return (self.log_likelihood(images, labels, scales) + log_prior).softmax(-1)
+
+    def classify(
+        self,
+        images: Images,
+        classes: Classes = None,
+        cascade: Cascade | str = VARC,
+        *,
+        prior: Sequence[float] | Tensor | None = None,
+        sigma: float = 0.1,
+        seed: int = 0,
+        aggregate: Aggregate = "mean",
+    ) -> Prediction:
+        """The most likely class of each image, found by a cascade (default: full likelihood of every class).
+
+        `cascade` is a `Cascade` or its text, such as "6:10,10:3,10x3:1"; `prior` (N,) follows `classes`; `sigma`, `seed` and
+        `aggregate` concern stages with more than one sample. Raises `ValueError` for a cascade that widens or asks for more
+        scales than there are, and as the methods above.
+        """
+        started = time.perf_counter()
+        cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
+        cascade.scales_of(self.var.config.num_scales)
+        smoothing.check_aggregate(aggregate)
+        smoothing.check_sigma(sigma)
+        labels = self.labels(classes)
+        log_prior = torch.zeros(self.null_class + 1, device=self.device)
+        log_prior[labels] = _log_prior(prior, len(labels), self.device)
+        images = self.tokenize(images)
+        seconds: list[float] = []
+
+        def score(alive: Tensor, scales: int, samples: int) -> Tensor:
+            start = time.perf_counter()
+            scores = self._sample_scores(images, alive, range(samples), sigma, seed, scales)
+            result = smoothing.aggregate(scores, aggregate)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        rows = labels.expand(len(images), -1)
+        scored = cascades.run(cascade, rows, log_prior, self.var.config.num_scales, score)
+        stages = tuple(
+            StageResult(
+                stage, scales, alive, scores, alive.shape[1] * stage.samples * self.var.config.boundaries[scales], spent
+            )
+            for stage, (scales, alive, scores), spent in zip(cascade.stages, scored, seconds, strict=True)
+        )
+        cost = Cost(
+            tokens=sum(stage.tokens for stage in stages),
+            full_tokens=len(labels) * self.var.config.num_tokens,
+            seconds=time.perf_counter() - started,
+        )
+        return self._prediction(labels, log_prior, stages, cost)
+
+    def reconstruct(self, images: Images, scales: int | None = None) -> Tensor:
+        """Images decoded from their first `scales` token maps (default: all): (B, C, S, S) in [0, 1].
+
+        Raises `ValueError` when the VQ-VAE was loaded without its decoder or for scales out of range.
+        """
+        images = self.tokenize(images)
+        if scales is not None and not 1 <= scales <= self.var.config.num_scales:
+            raise ValueError(f"scales: expected 1 to {self.var.config.num_scales}, got {scales}")
+        with torch.inference_mode():
+            decoded = self.vqvae.decode(self.vqvae.quantize.feature_map(images.tokens, scales))
+        return decoded.clamp(-1, 1).add(1).div(2)
+
+    def labels(self, classes: Classes = None) -> Tensor:
+        """Indices (N,) int64 of classes given by index or name, in their order; all but the null class for None.
+
+        Raises `ValueError` for an empty list, an unknown or repeated class, `TypeError` for other kinds of values.
+        """
+        if classes is None:
+            return torch.arange(self.var.config.num_classes, device=self.device)
+        if isinstance(classes, str) or not isinstance(classes, Iterable):
+            raise TypeError(f"classes: expected a list of indices or names, got {classes!r}")
+        values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+        if not values:
+            raise ValueError("classes: expected at least one class, got none")
+        indices = [self._index(value) for value in values]
+        if len(set(indices)) != len(indices):
+            repeated = sorted({self._name(i) for i in indices if indices.count(i) > 1})
+            raise ValueError(f"classes: named more than once: {', '.join(repeated)}")
+        return torch.tensor(indices, device=self.device)
+
+    def _index(self, value: int | str) -> int:
+        if isinstance(value, str):
+            if value in self.class_names:
+                return self.class_names.index(value)
+            folded = [i for i, name in enumerate(self.class_names) if name.casefold() == value.casefold()]
+            if len(folded) == 1:
+                return folded[0]
+            if not value.isdecimal():
+                raise ValueError(f"classes: {self.name} knows no class {value!r}; its classes are {self._known()}")
+        elif isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"classes: expected indices or names, got {value!r}")
+        index = int(value)
+        if not 0 <= index <= self.null_class:
+            raise ValueError(f"classes: expected indices from 0 to {self.null_class - 1} ({self.null_class}: null), got {value}")
+        return index
+
+    def _name(self, index: int) -> str:
+        return "null" if index == self.null_class else self.class_names[index]
+
+    def _known(self) -> str:
+        shown = ", ".join(self.class_names[:12])
+        return shown if len(self.class_names) <= 12 else f"{shown} and {len(self.class_names) - 12} more"
+
+    def _sample_scores(
+        self, images: TokenMaps, labels: Tensor, samples: Sequence[int], sigma: float, seed: int, scales: int | None
+    ) -> Tensor:
+        """Log-likelihoods (B, n, S) of labels (B, n) under each sample."""
+        scores = []
+        for sample in samples:
+            perturbed = smoothing.perturb(self.vqvae.quantize, images, sample, sigma, seed)
+            scores.append(batched.token_log_prob(self.var, perturbed, labels, scales).sum(-1))
+        return torch.stack(scores, dim=-1)
+
+    def _prediction(self, labels: Tensor, log_prior: Tensor, stages: tuple[StageResult, ...], cost: Cost) -> Prediction:
+        column = torch.full((self.null_class + 1,), -1, device=labels.device)
+        column[labels] = torch.arange(len(labels), device=labels.device)
+        last = stages[-1]
+        shape = (len(last.labels), len(labels))
+        log_likelihood = torch.full(shape, torch.nan, device=labels.device)
+        log_likelihood.scatter_(1, column[last.labels], last.log_likelihood)
+        posterior = torch.zeros(shape, device=labels.device)
+        posterior.scatter_(1, column[last.labels], (last.log_likelihood + log_prior[last.labels]).softmax(-1))
+        # Later stages overwrite earlier ones: a class is ranked by the last stage it reached, then by its score there.
+        reached = torch.zeros(shape, device=labels.device)
+        score = torch.zeros(shape, device=labels.device)
+        for number, stage in enumerate(stages, start=1):
+            columns = column[stage.labels]
+            reached.scatter_(1, columns, float(number))
+            score.scatter_(1, columns, stage.log_likelihood + log_prior[stage.labels])
+        by_score = torch.argsort(score, dim=1, descending=True, stable=True)
+        by_stage = torch.argsort(reached.gather(1, by_score), dim=1, descending=True, stable=True)
+        ranking = labels[by_score.gather(1, by_stage)]
+        names = tuple(self._name(int(i)) for i in ranking[:, 0])
+        return Prediction(ranking[:, 0], names, labels, log_likelihood, posterior, ranking, stages, cost)
+
+
+def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:
+    if prior is None:
+        return torch.zeros(count, device=device)
+    values = torch.as_tensor(prior, dtype=torch.float32, device=device)
+    if values.shape != (count,):
+        raise ValueError(f"prior: expected {count} values, one per class, got shape {tuple(values.shape)}")
+    if not torch.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise ValueError("prior: expected finite, non-negative values with a positive sum")
+    return (values / values.sum()).log()

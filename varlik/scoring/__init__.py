@@ -1,0 +1,1 @@
+"""Candidates in, log-likelihoods out."""

@@ -1,0 +1,1 @@
+"""Training recipes: the VQ-VAE, then the VAR transformer on its tokens."""
