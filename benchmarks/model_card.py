@@ -48,7 +48,8 @@ def main() -> None:
     print()
     print(
         f"{report.images} {options.split} images; {report.nats_per_token:.3f} nats per token of the true class; "
-        f"calibration error of the full posterior {report.calibration_error:.3f}; noise of smoothed stages {options.sigma}; "
+        f"calibration error of the full posterior {report.calibration_error:.3f}; "
+        f"noise of smoothed stages {options.sigma}; "
         f"largest relative difference from the naive reference on {min(CHECKED, len(images))} images {difference:.1e}; "
         f"{time.monotonic() - started:.0f} s on {classifier.device} with torch {torch.__version__}"
     )
@@ -69,7 +70,9 @@ def check_against_reference(classifier: varlik.VARClassifier, images: TokenMaps)
     return difference
 
 
-def naive_bayes_accuracy(classifier: varlik.VARClassifier, images: TokenMaps, labels: torch.Tensor, folder: Path | None) -> float:
+def naive_bayes_accuracy(
+    classifier: varlik.VARClassifier, images: TokenMaps, labels: torch.Tensor, folder: Path | None
+) -> float:
     """Accuracy of position-wise code counts, fitted on the training images' tokens."""
     training = fashion_mnist("train", folder)
     config = classifier.var.config
@@ -83,10 +86,16 @@ def table(classifier: varlik.VARClassifier, report: AccuracyReport, floor: float
     config = classifier.var.config
     lines = ["| method | tokens per image | top-1 | same answer as full likelihood |", "|---|---|---|---|"]
     for scales, accuracy in enumerate(report.by_scales, start=1):
-        name = "full likelihood" if scales == config.num_scales else f"likelihood of {scales} of {config.num_scales} scales"
+        name = (
+            "full likelihood"
+            if scales == config.num_scales
+            else f"likelihood of {scales} of {config.num_scales} scales"
+        )
         lines.append(f"| {name} | {config.num_classes * config.boundaries[scales]} | {100 * accuracy:.2f} % | |")
     for row in report.cascades:
-        lines.append(f"| cascade `{row.cascade}` | {row.tokens} | {100 * row.accuracy:.2f} % | {100 * row.agreement:.2f} % |")
+        lines.append(
+            f"| cascade `{row.cascade}` | {row.tokens} | {100 * row.accuracy:.2f} % | {100 * row.agreement:.2f} % |"
+        )
     lines.append(f"| naive Bayes on the same tokens | | {100 * floor:.2f} % | |")
     return "\n".join(lines)
 

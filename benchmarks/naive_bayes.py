@@ -11,7 +11,9 @@ def fit(tokens: Tensor, labels: Tensor, num_classes: int, vocab_size: int, pseud
     length = tokens.shape[1]
     counts = torch.full((num_classes, length, vocab_size), pseudo_count, dtype=torch.float64)
     positions = torch.arange(length).expand_as(tokens)
-    counts.index_put_((labels.unsqueeze(1).expand_as(tokens), positions, tokens), torch.ones(()).double(), accumulate=True)
+    counts.index_put_(
+        (labels.unsqueeze(1).expand_as(tokens), positions, tokens), torch.ones(()).double(), accumulate=True
+    )
     return (counts / counts.sum(-1, keepdim=True)).log()
 
 

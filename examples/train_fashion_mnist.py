@@ -1,10 +1,11 @@
 """Train the bundled model `fashion-mnist` from the data set to the files in the package.
 
-    python examples/train_fashion_mnist.py --work runs/fashion-mnist            # about two and a half hours of one CPU core
-    python examples/train_fashion_mnist.py --work runs/fashion-mnist --data FOLDER_WITH_IDX_FILES
+    python examples/train_fashion_mnist.py --work runs/fashion-mnist            # about two and a half hours of one
+    CPU core python examples/train_fashion_mnist.py --work runs/fashion-mnist --data FOLDER_WITH_IDX_FILES
 
-Needs Debian's `dataset-fashion-mnist`, or a folder with the four IDX files. Stages that are done are skipped and a killed
-run goes on where it was, so the command can be repeated until it prints the folder it wrote. `--out` names another one.
+Needs Debian's `dataset-fashion-mnist`, or a folder with the four IDX files. Stages that are done are skipped and a
+killed run goes on where it was, so the command can be repeated until it prints the folder it wrote. `--out` names
+another one.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and metrics")
     parser.add_argument("--data", type=Path, help="folder with the IDX files")
     parser.add_argument("--out", type=Path, help="where the model goes (default: into the package)")
-    parser.add_argument("--eager", action="store_true", help="do not compile the training step (slower, needs no C++ compiler)")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile the training step (slower, needs no C++ compiler)"
+    )
     options = parser.parse_args()
 
     training = fashion_mnist("train", options.data)

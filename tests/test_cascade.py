@@ -69,5 +69,7 @@ def test_run_keeps_the_best_and_respects_the_prior():
 
 
 def test_ties_go_to_the_class_that_stands_first():
-    results = run(Cascade.parse("1:2,1:1"), torch.tensor([[4, 2, 7]]), torch.zeros(9), 1, lambda y, *_: torch.zeros(y.shape))
+    results = run(
+        Cascade.parse("1:2,1:1"), torch.tensor([[4, 2, 7]]), torch.zeros(9), 1, lambda y, *_: torch.zeros(y.shape)
+    )
     assert results[1][1].tolist() == [[4, 2]]

@@ -140,7 +140,12 @@ def test_bad_scales(classifier, images, scales):
 
 @pytest.mark.parametrize(
     ("prior", "message"),
-    [([1, 2], "expected 7 values"), ([-1] + [1] * 6, "non-negative"), ([0] * 7, "positive sum"), ([float("nan")] * 7, "finite")],
+    [
+        ([1, 2], "expected 7 values"),
+        ([-1] + [1] * 6, "non-negative"),
+        ([0] * 7, "positive sum"),
+        ([float("nan")] * 7, "finite"),
+    ],
 )
 def test_bad_prior(classifier, images, prior, message):
     with pytest.raises(ValueError, match=message):

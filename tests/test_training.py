@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,12 +42,24 @@ def vqvae(tmp_path_factory):
     return train_vqvae(pixels, VQ, loop(150), tmp_path_factory.mktemp("vqvae"), quiet=True)
 
 
-def test_vqvae_learns_and_uses_its_codes(vqvae):
+def test_vqvae_learns(vqvae):
     pixels, _ = pictures()
     with torch.no_grad():
-        reconstruction, _, tokens = vqvae(pixels)
+        reconstruction, _, _ = vqvae(pixels)
     assert (reconstruction - pixels).square().mean() < 0.1 * pixels.var()
-    assert tokens.unique().numel() > VQ.vocab_size // 2
+
+
+def test_dead_codes_come_back_to_life(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    quarters = torch.rand(64, 1, 2, 2, generator=generator) * 2 - 1
+    pixels = quarters.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    used = {}
+    for name, until in (("with", 0.8), ("without", -1.0)):
+        model = train_vqvae(pixels, VQ, loop(150), tmp_path / name, restarts_until=until, quiet=True)
+        with torch.no_grad():
+            used[name] = model(pixels)[2].unique().numel()
+    assert used["with"] > VQ.vocab_size // 2
+    assert used["with"] > used["without"]
 
 
 def test_rescaling_features_changes_nothing_but_their_size(vqvae):
@@ -70,7 +83,10 @@ def test_var_learns_the_class(vqvae, tmp_path):
     with torch.no_grad():
         scores = torch.stack(
             [
-                var(var.class_vectors(torch.full_like(labels, y)), inputs).log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
+                var(var.class_vectors(torch.full_like(labels, y)), inputs)
+                .log_softmax(-1)
+                .gather(-1, tokens[..., None])
+                .sum((1, 2))
                 for y in range(2)
             ],
             dim=1,
@@ -131,5 +147,5 @@ def test_learning_rate_rises_then_falls():
     config = loop(100, warmup=10)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert rates[-1] < 0.01

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from varlik.models.config import VARConfig
 from varlik.models.var import VAR, ClassVectors
 
-CONFIG = VARConfig(depth=2, embed_dim=32, num_heads=2, patch_nums=(1, 2, 3), vocab_size=20, codebook_dim=8, num_classes=4)
+CONFIG = VARConfig(
+    depth=2, embed_dim=32, num_heads=2, patch_nums=(1, 2, 3), vocab_size=20, codebook_dim=8, num_classes=4
+)
 VARIANTS = (CONFIG, replace(CONFIG, shared_aln=True), replace(CONFIG, attn_l2_norm=False))
 
 

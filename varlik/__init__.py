@@ -1,8 +1,8 @@
 """varlik: exact class likelihoods from visual autoregressive (VAR) models, and classification by them.
 
-    import varlik
-    classifier = varlik.load("fashion-mnist")
-    classifier.classify(["shoe.png"]).names
+import varlik
+classifier = varlik.load("fashion-mnist")
+classifier.classify(["shoe.png"]).names
 """
 
 from varlik._version import __version__

@@ -1,9 +1,9 @@
 """Cascades: which classes are scored how thoroughly, and who survives.
 
 A stage scores the classes still alive on the first `scales` token maps of `samples` samples and keeps the best `keep`.
-In text a stage is `scales:keep` or `scales x samples:keep`, stages are separated by commas: `"6:10,10:3,10x3:1"` scores six
-scales of every class, all ten scales of the best ten, and three samples of the best three. Scales may be a percentage of
-the model's, rounded down, so that one cascade fits models with different schedules.
+In text a stage is `scales:keep` or `scales x samples:keep`, stages are separated by commas: `"6:10,10:3,10x3:1"`
+scores six scales of every class, all ten scales of the best ten, and three samples of the best three. Scales may be a
+percentage of the model's, rounded down, so that one cascade fits models with different schedules.
 
 Source: A-VARC, ICLR 2026, section on partial-scale pruning, in the shape of its released configuration.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ _STAGE = re.compile(r"^(?P<scales>\d+%?)(?:x(?P<samples>\d+))?:(?P<keep>\d+)$")
 class Stage:
     """One step of a cascade.
 
-    `scales` counts token maps, or is a percentage of the model's such as `"60%"`; `samples` counts the clean sample; `keep`
-    is how many classes survive.
+    `scales` counts token maps, or is a percentage of the model's such as `"60%"`; `samples` counts the clean sample;
+    `keep` is how many classes survive.
     """
 
     scales: int | str
@@ -65,11 +66,15 @@ class Cascade:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("cascade: expected at least one stage, got none")
-        for before, after in zip(self.stages, self.stages[1:], strict=False):
+        for before, after in pairwise(self.stages):
             if after.keep > before.keep:
-                raise ValueError(f"cascade: stage {after} keeps more classes than {before} before it; a cascade narrows")
+                raise ValueError(
+                    f"cascade: stage {after} keeps more classes than {before} before it; a cascade narrows"
+                )
         if self.stages[-1].keep != 1:
-            raise ValueError(f"cascade: the last stage must keep 1 class, {self.stages[-1]} keeps {self.stages[-1].keep}")
+            raise ValueError(
+                f"cascade: the last stage must keep 1 class, {self.stages[-1]} keeps {self.stages[-1].keep}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Cascade:
@@ -78,10 +83,14 @@ class Cascade:
         for part in text.split(","):
             match = _STAGE.match(part.strip())
             if match is None:
-                raise ValueError(f"cascade: cannot read stage {part.strip()!r}; expected scales:keep or scales x samples:keep, "
-                                 "such as 6:10 or 10x3:1")
+                raise ValueError(
+                    f"cascade: cannot read stage {part.strip()!r}; expected scales:keep or scales x samples:keep, "
+                    "such as 6:10 or 10x3:1"
+                )
             scales = match["scales"]
-            stages.append(Stage(scales if scales.endswith("%") else int(scales), int(match["keep"]), int(match["samples"] or 1)))
+            stages.append(
+                Stage(scales if scales.endswith("%") else int(scales), int(match["keep"]), int(match["samples"] or 1))
+            )
         return cls(tuple(stages))
 
     def scales_of(self, num_scales: int) -> tuple[int, ...]:
@@ -90,9 +99,11 @@ class Cascade:
         Raises `ValueError` when a stage wants more than the model has or fewer than the stage before it.
         """
         scales = tuple(stage.scales_of(num_scales) for stage in self.stages)
-        for i, (before, after) in enumerate(zip(scales, scales[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(scales)):
             if after < before:
-                raise ValueError(f"cascade: stage {self.stages[i + 1]} reads fewer scales than {self.stages[i]} before it")
+                raise ValueError(
+                    f"cascade: stage {self.stages[i + 1]} reads fewer scales than {self.stages[i]} before it"
+                )
         return scales
 
     @property
@@ -130,12 +141,14 @@ class StageResult:
 Scorer = Callable[[Tensor, int, int], Tensor]
 
 
-def run(cascade: Cascade, labels: Tensor, log_prior: Tensor, num_scales: int, score: Scorer) -> list[tuple[int, Tensor, Tensor]]:
+def run(
+    cascade: Cascade, labels: Tensor, log_prior: Tensor, num_scales: int, score: Scorer
+) -> list[tuple[int, Tensor, Tensor]]:
     """Narrow down `labels` (B, N) stage by stage.
 
-    `score(labels, scales, samples)` gives the smoothed log-likelihoods (B, n) of live labels; `log_prior` (num_classes + 1,)
-    is added when classes are ranked. Returns for every stage its scales, labels (B, n) and log-likelihoods (B, n). Ties go
-    to the class that stands first.
+    `score(labels, scales, samples)` gives the smoothed log-likelihoods (B, n) of live labels; `log_prior`
+    (num_classes + 1,) is added when classes are ranked. Returns for every stage its scales, labels (B, n) and
+    log-likelihoods (B, n). Ties go to the class that stands first.
     """
     results = []
     for stage, scales in zip(cascade.stages, cascade.scales_of(num_scales), strict=True):

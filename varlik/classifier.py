@@ -32,8 +32,11 @@ Classes = Sequence[int | str] | Tensor | None
 
 @dataclass(frozen=True)
 class Cost:
-    """What a prediction took: `tokens` per image through the transformer, `full_tokens` that the full likelihood of every
-    candidate class would take, and `seconds` for the whole batch, tokenising included."""
+    """What a prediction took.
+
+    `tokens` per image through the transformer, `full_tokens` that the full likelihood of every candidate class would
+    take, `seconds` for the whole batch, tokenising included.
+    """
 
     tokens: int
     full_tokens: int
@@ -48,7 +51,8 @@ class Prediction:
     - `labels` (N,): the candidate classes; the columns below follow it.
     - `log_likelihood` (B, N): scores of the last stage in natural log; NaN for classes that an earlier stage dropped.
     - `posterior` (B, N): probability of each class under the prior; 0 for dropped classes.
-    - `ranking` (B, N): all candidate classes, best first; a class dropped earlier stands behind those that went further.
+    - `ranking` (B, N): all candidate classes, best first; a class dropped earlier stands behind those that went
+      further.
     - `stages`: what every stage of the cascade scored. `cost`: what it took.
     """
 
@@ -65,12 +69,14 @@ class Prediction:
         return len(self.classes)
 
 
-def load(source: str | Path, vqvae: str | Path | None = None, device: str | torch.device | None = None) -> VARClassifier:
+def load(
+    source: str | Path, vqvae: str | Path | None = None, device: str | torch.device | None = None
+) -> VARClassifier:
     """Load a classifier.
 
-    `source` is a name from `varlik.list_models()`, a Hub repo id, a folder with `var.safetensors` and `vqvae.safetensors`,
-    or a `.safetensors` or `.pth` file of a VAR transformer; `vqvae` names the file of its VQ-VAE where it does not lie
-    beside it. `device` defaults to the first CUDA GPU, else the CPU.
+    `source` is a name from `varlik.list_models()`, a Hub repo id, a folder with `var.safetensors` and
+    `vqvae.safetensors`, or a `.safetensors` or `.pth` file of a VAR transformer; `vqvae` names the file of its VQ-VAE
+    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU.
 
     Raises `FileNotFoundError` when something is neither here nor to be had, and `ValueError` for an unknown name or a
     checkpoint that does not fit, with the tensors that differ.
@@ -96,10 +102,14 @@ class VARClassifier:
         if len(class_names) != var.config.num_classes:
             raise ValueError(f"class_names: expected {var.config.num_classes} names, got {len(class_names)}")
         if var.config.patch_nums != vqvae.config.patch_nums:
-            raise ValueError(f"vqvae: scales {vqvae.config.patch_nums} differ from the transformer's {var.config.patch_nums}")
+            raise ValueError(
+                f"vqvae: scales {vqvae.config.patch_nums} differ from the transformer's {var.config.patch_nums}"
+            )
         if preprocessing.resolution != vqvae.config.resolution or preprocessing.channels != vqvae.config.in_channels:
-            raise ValueError(f"preprocessing: {preprocessing} does not make {vqvae.config.resolution}-pixel images "
-                             f"with {vqvae.config.in_channels} channels")
+            raise ValueError(
+                f"preprocessing: {preprocessing} does not make {vqvae.config.resolution}-pixel images "
+                f"with {vqvae.config.in_channels} channels"
+            )
         self.var = var.eval()
         self.vqvae = vqvae.eval()
         self.class_names = tuple(class_names)
@@ -134,7 +144,7 @@ class VARClassifier:
         return tokenize(self.vqvae, image_files.load_many(images, self.preprocessing))
 
     def tokenize_pixels(self, pixels: Tensor) -> TokenMaps:
-        """Token maps of pixels (B, C, S, S) in [-1, 1] that need no preprocessing. Raises as `varlik.tokens.tokenize`."""
+        """Token maps of ready pixels (B, C, S, S) in [-1, 1]; raises as `varlik.tokens.tokenize`."""
         return tokenize(self.vqvae, pixels)
 
     def token_log_prob(self, images: Images, classes: Classes = None, scales: int | None = None) -> Tensor:
@@ -168,8 +178,8 @@ class VARClassifier:
         """Log-likelihood averaged over `samples` perturbed samples of each image, (B, N) float32.
 
         `sigma` is the standard deviation of the noise on the feature map; noise depends on (seed, image, sample) only.
-        With `include_clean` the unperturbed image is one of the samples. `aggregate` is "mean" (of log-likelihoods, as the
-        released A-VARC does) or "log-mean-exp" (the paper's equation).
+        With `include_clean` the unperturbed image is one of the samples. `aggregate` is "mean" (of log-likelihoods, as
+        the released A-VARC does) or "log-mean-exp" (the paper's equation).
 
         Raises `ValueError` for samples below 1, a sigma that is not positive, an unknown `aggregate`, and as above.
         """
@@ -183,12 +193,17 @@ class VARClassifier:
         return smoothing.aggregate(scores, aggregate)
 
     def posterior(
-        self, images: Images, classes: Classes = None, *, scales: int | None = None, prior: Sequence[float] | Tensor | None = None
+        self,
+        images: Images,
+        classes: Classes = None,
+        *,
+        scales: int | None = None,
+        prior: Sequence[float] | Tensor | None = None,
     ) -> Tensor:
         """p(class | image) over the given classes, (B, N), by Bayes' rule.
 
-        `prior` (N,) follows `classes` and need not sum to one; default uniform. Summed log-likelihoods are over-confident:
-        expect values near 0 and 1. Raises `ValueError` for a prior of another length or with negative entries.
+        `prior` (N,) follows `classes` and need not sum to one; default uniform. Summed log-likelihoods are
+        over-confident: expect values near 0 and 1. Raises `ValueError` for a prior of another length or with negative entries.
         """
         labels = self.labels(classes)
         log_prior = _log_prior(prior, len(labels), self.device)
@@ -207,9 +222,9 @@ class VARClassifier:
     ) -> Prediction:
         """The most likely class of each image, found by a cascade (default: full likelihood of every class).
 
-        `cascade` is a `Cascade` or its text, such as "6:10,10:3,10x3:1"; `prior` (N,) follows `classes`; `sigma`, `seed` and
-        `aggregate` concern stages with more than one sample. Raises `ValueError` for a cascade that widens or asks for more
-        scales than there are, and as the methods above.
+        `cascade` is a `Cascade` or its text, such as "6:10,10:3,10x3:1"; `prior` (N,) follows `classes`; `sigma`,
+        `seed` and `aggregate` concern stages with more than one sample. Raises `ValueError` for a cascade that widens
+        or asks for more scales than there are, and as the methods above.
         """
         started = time.perf_counter()
         cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
@@ -287,7 +302,9 @@ class VARClassifier:
             raise TypeError(f"classes: expected indices or names, got {value!r}")
         index = int(value)
         if not 0 <= index <= self.null_class:
-            raise ValueError(f"classes: expected indices from 0 to {self.null_class - 1} ({self.null_class}: null), got {value}")
+            raise ValueError(
+                f"classes: expected indices from 0 to {self.null_class - 1} ({self.null_class}: null), got {value}"
+            )
         return index
 
     def _name(self, index: int) -> str:

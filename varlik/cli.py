@@ -26,8 +26,12 @@ app = typer.Typer(
 )
 console = Console()
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A name from `varlik models`, a Hub repo id, a folder or a file.")]
-VQVAEFile = Annotated[str | None, typer.Option("--vqvae", help="VQ-VAE file, for a transformer given as a single file.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A name from `varlik models`, a Hub repo id, a folder or a file.")
+]
+VQVAEFile = Annotated[
+    str | None, typer.Option("--vqvae", help="VQ-VAE file, for a transformer given as a single file.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: the first GPU, else cpu]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 
@@ -55,7 +59,9 @@ def classify(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
     model: Model = "fashion-mnist",
     vqvae: VQVAEFile = None,
-    classes: Annotated[str | None, typer.Option(help="Only these classes: indices or names, separated by commas.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Only these classes: indices or names, separated by commas.")
+    ] = None,
     cascade: Annotated[str, typer.Option(help='"full", "avarc+" or stages such as 6:10,10:3,10x3:1.')] = "full",
     topk: Annotated[int, typer.Option(min=1, help="How many classes to print for each image.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the noise of stages with several samples.")] = 0,
@@ -132,8 +138,10 @@ def demo(
         milliseconds = 1000 * timing.seconds / len(result.rows)
         times.add_row(timing.name, f"{milliseconds:.1f}", str(timing.tokens), f"{naive.seconds / timing.seconds:.2f}")
     console.print(times)
-    console.print(f"{sum(row.correct for row in result.rows)} of {len(result.rows)} right; "
-                  f"largest relative difference from the naive scores {result.difference:.1e}")
+    console.print(
+        f"{sum(row.correct for row in result.rows)} of {len(result.rows)} right; "
+        f"largest relative difference from the naive scores {result.difference:.1e}"
+    )
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Labelled images for training and evaluation, read from files that are already on this machine.
 
-Nothing is downloaded. Fashion-MNIST (Xiao et al. 2017, MIT licence) is packaged by Debian as `dataset-fashion-mnist`; any
-folder with the four IDX files of the MNIST family, gzipped or not, is read the same way.
+Nothing is downloaded. Fashion-MNIST (Xiao et al. 2017, MIT licence) is packaged by Debian as `dataset-fashion-mnist`;
+any folder with the four IDX files of the MNIST family, gzipped or not, is read the same way.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from varlik.models.var import VAR
 
 
 @torch.no_grad()
-def token_log_prob(var: VAR, tokens: Tensor, teacher_forcing_input: Tensor, label: int, num_scales: int | None = None) -> Tensor:
+def token_log_prob(
+    var: VAR, tokens: Tensor, teacher_forcing_input: Tensor, label: int, num_scales: int | None = None
+) -> Tensor:
     """log p(token | coarser token maps, class `label`), (B, L_k), for tokens (B, L) and inputs (B, L - 1, Cvae)."""
     labels = torch.full((len(tokens),), label, device=tokens.device)
     logits = var(var.class_vectors(labels), teacher_forcing_input, num_scales)
@@ -40,8 +42,8 @@ def cascade(
     """Classify one image by a cascade, each stage from scratch and one class at a time.
 
     `samples[s]` is (tokens (1, L), teacher-forcing input (1, L - 1, Cvae)) of sample s, the clean one first; a stage is
-    (scales, samples, survivors). Returns the survivors of the last stage, best first, and for every stage its classes and
-    their log-likelihoods averaged over samples.
+    (scales, samples, survivors). Returns the survivors of the last stage, best first, and for every stage its classes
+    and their log-likelihoods averaged over samples.
     """
     alive, record = list(labels), []
     for num_scales, num_samples, keep in stages:

@@ -86,7 +86,9 @@ def tokenize(vqvae: VQVAE, pixels: Tensor) -> TokenMaps:
 def check_pixels(pixels: Tensor) -> None:
     """Refuse what is no batch of finite pixels in [-1, 1]."""
     if not isinstance(pixels, Tensor) or not pixels.dtype.is_floating_point:
-        raise TypeError(f"pixels: expected a floating-point tensor, got {getattr(pixels, 'dtype', type(pixels).__name__)}")
+        raise TypeError(
+            f"pixels: expected a floating-point tensor, got {getattr(pixels, 'dtype', type(pixels).__name__)}"
+        )
     if pixels.dim() != 4 or len(pixels) == 0:
         raise ValueError(f"pixels: expected (B, C, S, S) with at least one image, got {tuple(pixels.shape)}")
     if not torch.isfinite(pixels).all():

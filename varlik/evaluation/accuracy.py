@@ -47,7 +47,10 @@ def evaluate(
     config = classifier.var.config
     batches = range(0, len(images), BATCH)
     partial = torch.cat(
-        [partial_log_likelihoods(classifier, images[i : i + BATCH]) for i in track(batches, "full likelihood", transient=True)]
+        [
+            partial_log_likelihoods(classifier, images[i : i + BATCH])
+            for i in track(batches, "full likelihood", transient=True)
+        ]
     )
     predictions = partial.argmax(1)  # (B, K)
     full = predictions[:, -1]
@@ -58,7 +61,9 @@ def evaluate(
             for i in track(batches, str(cascade), transient=True)
         ]
         classes = torch.cat([answer.classes for answer in answers])
-        results.append(CascadeAccuracy(cascade, _share(classes == labels), _share(classes == full), answers[0].cost.tokens))
+        results.append(
+            CascadeAccuracy(cascade, _share(classes == labels), _share(classes == full), answers[0].cost.tokens)
+        )
     truth = partial[torch.arange(len(labels)), labels, -1]
     return AccuracyReport(
         images=len(labels),
@@ -81,8 +86,8 @@ def calibration_error(posterior: Tensor, labels: Tensor, bins: int = 15) -> floa
     confidence, predicted = posterior.max(1)
     correct = (predicted == labels).to(confidence)
     index = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = [((confidence - correct)[index == b]).sum().abs() for b in range(bins)]
-    return (sum(gaps) / len(labels)).item()
+    gaps = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, confidence - correct)
+    return gaps.abs().sum().item() / len(labels)
 
 
 def _share(hits: Tensor) -> float:

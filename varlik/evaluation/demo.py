@@ -77,7 +77,9 @@ def run(model: str = "fashion-mnist", cascade: Cascade = VARC, repeats: int = 3)
                 tokens[name] = result.cost.tokens
     timings = tuple(Timing(name, sorted(values)[len(values) // 2], tokens[name]) for name, values in seconds.items())
     rows = tuple(
-        DemoRow(path.name, classifier.class_names[truth], name, prediction.posterior[i].max().item(), prediction.cost.tokens)
+        DemoRow(
+            path.name, classifier.class_names[truth], name, prediction.posterior[i].max().item(), prediction.cost.tokens
+        )
         for i, (path, truth, name) in enumerate(zip(pictures.paths, pictures.labels, prediction.names, strict=True))
     )
     return Demo(model, str(classifier.device), rows, timings, difference)
@@ -87,7 +89,9 @@ def _naive(classifier: VARClassifier, images: TokenMaps) -> torch.Tensor:
     """Every picture by itself, every class by itself, as scripts around VAR do it."""
     labels = list(range(classifier.var.config.num_classes))
     scores = [
-        reference.log_likelihood(classifier.var, images.tokens[i : i + 1], images.teacher_forcing_input[i : i + 1], labels)
+        reference.log_likelihood(
+            classifier.var, images.tokens[i : i + 1], images.teacher_forcing_input[i : i + 1], labels
+        )
         for i in range(len(images))
     ]
     return torch.cat(scores)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 VQVAEAttention = Literal["deepest level and mid", "mid only"]
@@ -41,7 +41,7 @@ class VARConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if len(self.patch_nums) < 2 or self.patch_nums[0] != 1:
             raise ValueError(f"patch_nums: expected two or more scales that start at 1, got {self.patch_nums}")
-        if any(a >= b for a, b in zip(self.patch_nums, self.patch_nums[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(self.patch_nums)):
             raise ValueError(f"patch_nums: expected sides that grow, got {self.patch_nums}")
 
     @property
@@ -113,8 +113,8 @@ class VQVAEConfig:
 class Preprocessing:
     """How any picture becomes the pixels a model was trained on.
 
-    The shorter side is resized to `resize` (Lanczos), the centre cut out at `crop`, and `padding` black pixels put around
-    it; `channels` is 3 (RGB) or 1 (greyscale). Pixels end in [-1, 1].
+    The shorter side is resized to `resize` (Lanczos), the centre cut out at `crop`, and `padding` black pixels put
+    around it; `channels` is 3 (RGB) or 1 (greyscale). Pixels end in [-1, 1].
     """
 
     resize: int
@@ -133,7 +133,7 @@ class Preprocessing:
 
     @classmethod
     def imagenet(cls, resolution: int, channels: int = 3) -> Preprocessing:
-        """The rule of the public ImageNet models, for every data set: resize to 9/8 of the resolution, cut the centre."""
+        """The rule of the public ImageNet models for every data set: resize to 9/8 of the side, cut the centre."""
         return cls(resize=round(1.125 * resolution), crop=resolution, channels=channels)
 
 

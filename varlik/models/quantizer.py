@@ -1,8 +1,9 @@
 """Multi-scale residual quantisation: a feature map becomes token maps from coarse to fine, and back.
 
-Scale k averages what is left of the feature map down to (p_k, p_k), takes the nearest code of every cell, brings the codes
-back to full size (bicubic), passes them through one of four shared convolutions phi and subtracts the result. The running
-sum, resized to the next scale, is what the transformer reads there, so tokenising yields the teacher-forcing input too.
+Scale k averages what is left of the feature map down to (p_k, p_k), takes the nearest code of every cell, brings the
+codes back to full size (bicubic), passes them through one of four shared convolutions phi and subtracts the result.
+The running sum, resized to the next scale, is what the transformer reads there, so tokenising yields the
+teacher-forcing input too.
 
 Source: "Visual Autoregressive Modeling", Tian et al. 2024, algorithms 1 and 2.
 """
@@ -110,7 +111,8 @@ class MultiScaleQuantizer(nn.Module):
         side = self.patch_nums[-1]
         if (channels, height, width) != (self.embedding.embedding_dim, side, side):
             raise ValueError(
-                f"feature_map: expected (B, {self.embedding.embedding_dim}, {side}, {side}), got {tuple(feature_map.shape)}"
+                f"feature_map: expected (B, {self.embedding.embedding_dim}, {side}, {side}), "
+                f"got {tuple(feature_map.shape)}"
             )
         last = len(self.patch_nums) - 1
         target = feature_map.detach()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ class SelfAttention(nn.Module):
         # A scale attends to itself and to all coarser ones: no mask when taken scale by scale, and 38 % less work.
         out = [
             F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=self.softmax_scale)
-            for a, b in zip(boundaries, boundaries[1:], strict=False)
+            for a, b in pairwise(boundaries)
         ]
         return self.proj(rearrange(torch.cat(out, dim=2), "r h l d -> r l (h d)"))
 
@@ -152,7 +153,11 @@ class VAR(nn.Module):
             raise TypeError(f"labels: expected int64, got {labels.dtype}")
         if labels.dim() != 1:
             raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
-        if not torch.compiler.is_compiling() and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= self.config.num_classes:
+        if (
+            not torch.compiler.is_compiling()
+            and len(labels)
+            and not 0 <= int(labels.min()) <= int(labels.max()) <= self.config.num_classes
+        ):
             raise ValueError(f"labels: expected values in [0, {self.config.num_classes}], got {labels.tolist()}")
         start = self.class_emb(labels)
         if self.config.shared_aln:
@@ -164,18 +169,23 @@ class VAR(nn.Module):
         head = self.head_nm.ada_lin(start).view(-1, 2, self.config.embed_dim)
         return ClassVectors(blocks, head, start)
 
-    def forward(self, class_vectors: ClassVectors, teacher_forcing_input: Tensor, num_scales: int | None = None) -> Tensor:
+    def forward(
+        self, class_vectors: ClassVectors, teacher_forcing_input: Tensor, num_scales: int | None = None
+    ) -> Tensor:
         """Logits of the first `num_scales` scales (default: all K), float32 or wider.
 
-        `class_vectors` hold R rows; `teacher_forcing_input` is (R, >= L_k - 1, Cvae), where L_k counts the tokens of those
-        scales. Returns (R, L_k, V). A truncated pass is an exact prefix of the full one. Differentiable in both inputs.
+        `class_vectors` hold R rows; `teacher_forcing_input` is (R, >= L_k - 1, Cvae), where L_k counts the tokens of
+        those scales. Returns (R, L_k, V). A truncated pass is an exact prefix of the full one. Differentiable in both
+        inputs.
 
         Raises `ValueError` for a number of scales the model lacks or inputs of another shape.
         """
         hidden = self.hidden(class_vectors, teacher_forcing_input, num_scales)
         return self.logits(class_vectors, hidden)
 
-    def hidden(self, class_vectors: ClassVectors, teacher_forcing_input: Tensor, num_scales: int | None = None) -> Tensor:
+    def hidden(
+        self, class_vectors: ClassVectors, teacher_forcing_input: Tensor, num_scales: int | None = None
+    ) -> Tensor:
         """The residual stream after the last block, (R, L_k, C); arguments as in `forward`."""
         boundaries = self._boundaries(class_vectors, teacher_forcing_input, num_scales)
         length = boundaries[-1]
@@ -183,7 +193,7 @@ class VAR(nn.Module):
         with torch.autocast(teacher_forcing_input.device.type, enabled=False):
             words = self.word_embed(teacher_forcing_input[:, : length - 1])
             x = torch.cat((class_vectors.start.unsqueeze(1) + self.pos_start, words), dim=1)
-            sizes = torch.tensor([b - a for a, b in zip(boundaries, boundaries[1:], strict=False)], device=x.device)
+            sizes = torch.tensor([b - a for a, b in pairwise(boundaries)], device=x.device)
             levels = self.lvl_embed.weight[: len(sizes)].repeat_interleave(sizes, dim=0, output_size=length)
             x = x + (levels + self.pos_1LC[0, :length])
         for i, block in enumerate(self.blocks):
@@ -203,7 +213,12 @@ class VAR(nn.Module):
             raise ValueError(f"num_scales: expected 1 to {config.num_scales}, got {num_scales}")
         boundaries = config.boundaries[: num_scales + 1]
         shape = tuple(inputs.shape)
-        if len(shape) != 3 or shape[0] != len(vectors) or shape[1] < boundaries[-1] - 1 or shape[2] != config.codebook_dim:
+        if (
+            len(shape) != 3
+            or shape[0] != len(vectors)
+            or shape[1] < boundaries[-1] - 1
+            or shape[2] != config.codebook_dim
+        ):
             raise ValueError(
                 f"teacher_forcing_input: expected ({len(vectors)}, at least {boundaries[-1] - 1}, "
                 f"{config.codebook_dim}), got {shape}"
@@ -212,7 +227,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, gate: float = 0.0) -> None:
-        """Initialise for training: truncated normals of variance 1/(3C), thinner where branches meet the residual stream.
+        """Initialise for training: truncated normals of variance 1/(3C), smaller where branches join the stream.
 
         `gate` is the starting value of the AdaLN gates, the same for every class.
         """

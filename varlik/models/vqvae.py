@@ -1,11 +1,13 @@
 """The VQ-VAE around the quantiser: an image becomes a feature map, a feature map an image.
 
-A convolutional encoder and decoder of the VQGAN family (Esser et al., CVPR 2021) with the multi-scale residual quantiser
-of VAR between them. Tensor names follow the published checkpoint. Classification needs the encoder half only, so the
-decoder may be absent.
+A convolutional encoder and decoder of the VQGAN family (Esser et al., CVPR 2021) with the multi-scale residual
+quantiser of VAR between them. Tensor names follow the published checkpoint. Classification needs the encoder half
+only, so the decoder may be absent.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -93,7 +95,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, groups: int, attention: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,6 +201,6 @@ class VQVAE(nn.Module):
         return self.decoder(self.post_quant_conv(feature_map))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: reconstruction, quantisation loss (scalar) and tokens (B, L); gradients pass straight through."""
+        """For training: reconstruction, quantisation loss (scalar), tokens (B, L); gradients pass straight through."""
         quantised, loss, tokens = self.quantize.straight_through(self.encode(pixels))
         return self.decode(quantised), loss, tokens

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -91,19 +92,22 @@ def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.O
     return [adamw, Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay)] if matrices else [adamw]
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def train(
-    model: nn.Module,
+    model: Model,
     loss_of_step: Callable[[int], tuple[Tensor, Metrics]],
     config: LoopConfig,
     folder: str | Path,
     after_step: Callable[[int], Metrics] | None = None,
     quiet: bool = False,
-) -> nn.Module:
+) -> Model:
     """Run `config.steps` steps and leave the trained (if asked for, averaged) weights in `model`.
 
     `loss_of_step(step)` returns the loss and figures to log; `after_step(step)` may act on the model after the update.
-    `folder` receives `checkpoint.pt`, written atomically, and `metrics.jsonl`; a run resumes from a checkpoint found there.
-    Raises `ValueError` if that checkpoint belongs to another configuration.
+    `folder` receives `checkpoint.pt`, written atomically, and `metrics.jsonl`; a run resumes from a checkpoint found
+    there. Raises `ValueError` if that checkpoint belongs to another configuration.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,13 @@ def train(
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     averaged = {k: v.clone() for k, v in model.state_dict().items()} if config.average else {}
     first = _resume(folder, model, optimizers, averaged, config)
-    columns = (TextColumn(folder.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(folder.name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
     started = time.monotonic()
     with Progress(*columns, disable=quiet) as progress, open(folder / "metrics.jsonl", "a") as log:
         bar = progress.add_task("", total=config.steps, completed=first, note="")
@@ -122,7 +132,9 @@ def train(
                     group["lr"] = value * rate
             loss, metrics = loss_of_step(step)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; last checkpoint: {folder / 'checkpoint.pt'}")
+                raise FloatingPointError(
+                    f"loss is {loss.item()} at step {step}; last checkpoint: {folder / 'checkpoint.pt'}"
+                )
             model.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)

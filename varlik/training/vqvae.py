@@ -15,11 +15,18 @@ from varlik.training.loop import LoopConfig, Metrics, batch_indices, generator, 
 USE_DECAY = 0.9
 DEAD_SHARE = 0.03  # a code is dead when it is used less than this share of an even use
 RESTART_EVERY = 50
-FEATURE_STD = 0.5  # of the finished model's feature maps: gives sigma, the noise of smoothing, one meaning for all models
+FEATURE_STD = (
+    0.5  # of the finished model's feature maps: gives sigma, the noise of smoothing, one meaning for all models
+)
 
 
 def train_vqvae(
-    pixels: Tensor, config: VQVAEConfig, loop: LoopConfig, folder: str | Path, restarts_until: float = 0.8, quiet: bool = False
+    pixels: Tensor,
+    config: VQVAEConfig,
+    loop: LoopConfig,
+    folder: str | Path,
+    restarts_until: float = 0.8,
+    quiet: bool = False,
 ) -> VQVAE:
     """Train on `pixels` (n, channels, S, S) in [-1, 1] and return the model.
 
@@ -70,9 +77,8 @@ def train_vqvae(
 def rescale_features(model: VQVAE, pixels: Tensor, std: float = FEATURE_STD) -> None:
     """Give feature maps of `pixels` the standard deviation `std`; tokens and reconstructions stay what they were."""
     factor = std / model.encode(pixels).std()
-    scaled = [model.quant_conv.weight, model.quant_conv.bias, model.quantize.embedding.weight]
-    scaled += [phi.bias for phi in model.quantize.quant_resi.qresi_ls]
-    for parameter in scaled:
+    scaled = [*model.quant_conv.parameters(), model.quantize.embedding.weight]
+    for parameter in (*scaled, *(phi.bias for phi in model.quantize.quant_resi.qresi_ls)):
         parameter.mul_(factor)
     model.post_quant_conv.weight.div_(factor)
 
