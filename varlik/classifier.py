@@ -203,7 +203,8 @@ class VARClassifier:
         """p(class | image) over the given classes, (B, N), by Bayes' rule.
 
         `prior` (N,) follows `classes` and need not sum to one; default uniform. Summed log-likelihoods are
-        over-confident: expect values near 0 and 1. Raises `ValueError` for a prior of another length or with negative entries.
+        over-confident: expect values near 0 and 1. Raises `ValueError` for a prior of another length or with negative
+        entries.
         """
         labels = self.labels(classes)
         log_prior = _log_prior(prior, len(labels), self.device)
