@@ -24,7 +24,7 @@ from varlik.evaluation.accuracy import AccuracyReport, evaluate
 from varlik.tokens import TokenMaps
 
 CHECKED = 200
-CASCADES = (AVARC_PLUS, Cascade.parse("3:5,6:1"), Cascade.parse("3:5,6:3,6x8:1"))
+CASCADES = (AVARC_PLUS, Cascade.parse("4:3,6:1"), Cascade.parse("4:3,6x4:1"))
 
 
 def main() -> None:

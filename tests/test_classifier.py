@@ -8,6 +8,7 @@ import torch
 import varlik
 from varlik import reference, smoothing
 from varlik.models.config import Preprocessing
+from varlik.scoring import batched
 from varlik.tokens import TokenMaps
 
 
@@ -54,7 +55,7 @@ def test_scores_do_not_depend_on_batch_or_chunks(classifier, images, monkeypatch
     full = classifier.log_likelihood(images)
     alone = torch.cat([classifier.log_likelihood(images[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(alone, full, rtol=1e-5, atol=0)
-    monkeypatch.setattr("varlik.scoring.batched.LOGITS_BUDGET", 1)
+    monkeypatch.setitem(batched.ACTIVATION_BUDGET, "cpu", 1)
     torch.testing.assert_close(classifier.log_likelihood(images), full, rtol=1e-5, atol=0)
 
 

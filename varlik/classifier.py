@@ -81,8 +81,8 @@ def load(
     Raises `FileNotFoundError` when something is neither here nor to be had, and `ValueError` for an unknown name or a
     checkpoint that does not fit, with the tensors that differ.
     """
+    device = _device(device)
     loaded = checkpoints.load_models(source, vqvae)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return VARClassifier(
         loaded.var.to(device), loaded.vqvae.to(device), loaded.class_names, loaded.preprocessing, name=loaded.name
     )
@@ -346,6 +346,17 @@ class VARClassifier:
         ranking = labels[by_score.gather(1, by_stage)]
         names = tuple(self._name(int(i)) for i in ranking[:, 0])
         return Prediction(ranking[:, 0], names, labels, log_likelihood, posterior, ranking, stages, cost)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch refuses an absent GPU by AssertionError
+        raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return found
 
 
 def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Token log-probs of many (image, class) rows: plain batches through the transformer.
 
-Rows are independent, so they are scored in chunks that keep the logits within a budget.
+Rows are independent, so they are scored in chunks whose widest activation stays within a budget.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from varlik.models.var import VAR
 from varlik.tokens import TokenMaps
 
-LOGITS_BUDGET = 64 * 2**20  # bytes; small enough for caches to help, large enough for full matmuls
+ACTIVATION_BUDGET = {"cpu": 8 * 2**20, "cuda": 2**30}  # bytes: what a CPU's caches hold, what keeps a GPU busy
 
 
 @torch.inference_mode()
@@ -35,7 +35,8 @@ def token_log_prob(var: VAR, images: TokenMaps, labels: Tensor, num_scales: int 
     row_class = row_class.flatten()
     row_image = torch.arange(len(images), device=device).repeat_interleave(labels.shape[1])
     out = torch.full((labels.numel(), length), torch.nan, device=device)
-    chunk = max(1, LOGITS_BUDGET // (4 * length * config.vocab_size))
+    widest = 4 * length * max(config.vocab_size, 4 * config.embed_dim)
+    chunk = max(1, ACTIVATION_BUDGET.get(device.type, ACTIVATION_BUDGET["cpu"]) // widest)
     for first in range(0, len(out), chunk):
         rows = slice(first, first + chunk)
         image = row_image[rows]

@@ -1,0 +1,66 @@
+"""IDX files: read as they are, refused by name when damaged."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from varlik import datasets
+
+
+def write_idx(path, array):
+    raw = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "HELD_OUT", 3)
+    generator = np.random.default_rng(0)
+    for prefix, count, suffix in (("train", 10, ".gz"), ("t10k", 4, "")):
+        images = generator.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{suffix}", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{suffix}", np.arange(count, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def test_splits(folder):
+    train, held_out, test = (datasets.fashion_mnist(split, folder) for split in ("train", "held-out", "test"))
+    assert (len(train), len(held_out), len(test)) == (7, 3, 4)
+    assert held_out.labels.tolist() == [7, 8, 9]
+    assert train.images.shape == (7, 28, 28)
+    whole = datasets.read_idx(folder / "train-images-idx3-ubyte.gz")
+    assert np.array_equal(np.concatenate([train.images, held_out.images]), whole)
+    assert len(test.class_names) == 10
+
+
+def test_absent_and_unknown(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        datasets.fashion_mnist("test", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="split"):
+        datasets.fashion_mnist("validation", folder)
+
+
+@pytest.mark.parametrize("damage", ["short", "not gzip", "empty", "kind"])
+def test_damaged_files_are_named(tmp_path, damage):
+    path = tmp_path / "images.gz"
+    write_idx(path, np.zeros((2, 3, 3), np.uint8))
+    raw = gzip.decompress(path.read_bytes())
+    contents = {
+        "short": gzip.compress(raw[:-1]),
+        "not gzip": raw,
+        "empty": b"",
+        "kind": gzip.compress(raw[:2] + b"\x0d" + raw[3:]),
+    }
+    path.write_bytes(contents[damage])
+    with pytest.raises(ValueError, match=r"images\.gz"):
+        datasets.read_idx(path)
+
+
+def test_images_and_labels_that_differ_in_number(folder):
+    write_idx(folder / "t10k-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    with pytest.raises(ValueError, match="4 images but 3 labels"):
+        datasets.fashion_mnist("test", folder)
