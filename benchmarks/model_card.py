@@ -94,7 +94,7 @@ def table(classifier: varlik.VARClassifier, report: AccuracyReport, floor: float
         lines.append(f"| {name} | {config.num_classes * config.boundaries[scales]} | {100 * accuracy:.2f} % | |")
     for row in report.cascades:
         lines.append(
-            f"| cascade `{row.cascade}` | {row.tokens} | {100 * row.accuracy:.2f} % | {100 * row.agreement:.2f} % |"
+            f"| cascade `{row.cascade}` | {row.tokens:.0f} | {100 * row.accuracy:.2f} % | {100 * row.agreement:.2f} % |"
         )
     lines.append(f"| naive Bayes on the same tokens | | {100 * floor:.2f} % | |")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage, run
+from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage, survivors
 
 
 def test_parse_and_print():
@@ -49,27 +49,7 @@ def test_scales_beyond_the_model_and_backwards():
         Cascade.parse("6:3,4:1").scales_of(10)
 
 
-def test_run_keeps_the_best_and_respects_the_prior():
-    table = torch.tensor([[0.0, 3.0, 2.0, 1.0], [5.0, 3.0, 4.0, 1.0]])
-    asked = []
-
-    def score(labels, scales, samples):
-        asked.append((labels.tolist(), scales, samples))
-        return table.gather(1, labels)
-
-    labels = torch.arange(4).expand(2, -1)
-    cascade = Cascade.parse("1:3,2:2,2x4:1")
-    results = run(cascade, labels, torch.zeros(5), 2, score)
-    assert [(scales, samples) for _, scales, samples in asked] == [(1, 1), (2, 1), (2, 4)]
-    assert results[1][1].tolist() == [[1, 2, 3], [0, 2, 1]]
-    assert results[2][1].tolist() == [[1, 2], [0, 2]]
-    assert results[2][2].tolist() == [[3.0, 2.0], [5.0, 4.0]]
-    prior = torch.tensor([0.0, 0.0, 0.0, 100.0, 0.0])
-    assert run(cascade, labels, prior, 2, score)[2][1][:, 0].tolist() == [3, 3]
-
-
-def test_ties_go_to_the_class_that_stands_first():
-    results = run(
-        Cascade.parse("1:2,1:1"), torch.tensor([[4, 2, 7]]), torch.zeros(9), 1, lambda y, *_: torch.zeros(y.shape)
-    )
-    assert results[1][1].tolist() == [[4, 2]]
+def test_survivors_are_the_best_and_ties_go_to_the_first():
+    labels = torch.tensor([[4, 2, 7], [4, 2, 7]])
+    assert survivors(labels, torch.tensor([[0.0, 0.0, 0.0], [1.0, 3.0, 2.0]]), 2).tolist() == [[4, 2], [2, 7]]
+    assert survivors(labels, torch.zeros(2, 3), 10).tolist() == labels.tolist()

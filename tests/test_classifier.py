@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import varlik
-from varlik import reference, smoothing
+from varlik import reference
 from varlik.models.config import Preprocessing
-from varlik.scoring import batched
+from varlik.scoring import engine
+from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
 
@@ -55,7 +56,7 @@ def test_scores_do_not_depend_on_batch_or_chunks(classifier, images, monkeypatch
     full = classifier.log_likelihood(images)
     alone = torch.cat([classifier.log_likelihood(images[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(alone, full, rtol=1e-5, atol=0)
-    monkeypatch.setitem(batched.ACTIVATION_BUDGET, "cpu", 1)
+    monkeypatch.setitem(engine.CHUNK_BYTES, "cpu", 1)
     torch.testing.assert_close(classifier.log_likelihood(images), full, rtol=1e-5, atol=0)
 
 
@@ -67,7 +68,8 @@ def test_classify_full_and_posterior(classifier, images):
     torch.testing.assert_close(prediction.posterior, scores.softmax(1), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(classifier.posterior(images), prediction.posterior, rtol=1e-4, atol=1e-6)
     assert torch.equal(prediction.ranking, scores.argsort(1, descending=True))
-    assert prediction.cost.tokens == prediction.cost.full_tokens == 7 * 30
+    assert prediction.cost.tokens.tolist() == [7 * 29] * 2  # scale 1 is a look-up
+    assert prediction.cost.full_tokens == 7 * 30
 
 
 def test_prior_enters_by_bayes_rule(classifier, images):
@@ -85,7 +87,7 @@ def test_cascade_equals_reference_cascade(classifier, images):
     seed, sigma = 11, 0.2
     stages = [(2, 1, 5), (3, 1, 3), (4, 3, 1)]
     prediction = classifier.classify(images, cascade="2:5,3:3,4x3:1", seed=seed, sigma=sigma)
-    samples = [smoothing.perturb(classifier.vqvae.quantize, images, s, sigma, seed) for s in range(3)]
+    samples = [perturb(classifier.vqvae.quantize, images, s, Smoothing(sigma, seed)) for s in range(3)]
     for i in range(len(images)):
         rows = [(maps.tokens[i : i + 1], maps.teacher_forcing_input[i : i + 1]) for maps in samples]
         survivors, record = reference.cascade(classifier.var, rows, list(range(7)), stages)
@@ -101,7 +103,13 @@ def test_cascade_equals_reference_cascade(classifier, images):
         assert prediction.posterior[i][~finite].eq(0).all()
         assert prediction.posterior[i].sum().item() == pytest.approx(1)
     assert sorted(prediction.ranking[0].tolist()) == list(range(7))
-    assert prediction.cost.tokens == 7 * 5 + 5 * 14 + 3 * 3 * 30
+    # clean rows go on where they stopped; the two perturbed samples start from what they share with the clean one
+    clean = 7 * 4 + 5 * 9 + 3 * 16
+    for i in range(len(images)):
+        equal = [(maps.tokens[i] == images.tokens[i]).tolist() for maps in samples[1:]]
+        shared = [max(1, sum(all(e[:end]) for end in (1, 5, 14, 30))) for e in equal]
+        forked = sum(3 * (30 - (1, 5, 14, 30)[k - 1]) for k in shared)
+        assert prediction.cost.tokens[i].item() == clean + forked
 
 
 def test_token_maps_by_scale(classifier, images):
@@ -186,3 +194,17 @@ def test_token_maps_of_another_model(classifier, images):
 
     with pytest.raises(ValueError, match="another model"):
         classifier.log_likelihood(dataclasses.replace(images, patch_nums=(1, 2)))
+
+
+def test_prior_takes_part_in_every_elimination(classifier, images):
+    scores = naive(classifier, images, 2)
+    worst = int(scores.sum(0).argmin())
+    prior = torch.ones(7)
+    prior[worst] = 1e30  # 69 nats
+    margin = (scores.max() - scores.min()).item()
+    assert margin < 60
+    for i in range(2):
+        survivors = classifier.classify(images, cascade="2:2,4:1", prior=prior).stages[1].labels[i].tolist()
+        assert worst in survivors
+    without = classifier.classify(images, cascade="2:2,4:1").stages[1].labels
+    assert torch.equal(without, scores.argsort(dim=1, descending=True, stable=True)[:, :2])

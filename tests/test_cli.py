@@ -61,7 +61,9 @@ def test_classify_json_equals_the_library(run, pictures):
         assert [entry["log_likelihood"] is None for entry in row["top"]] == [False] * 4 + [True] * 6
         best = row["top"][0]
         assert best["posterior"] == pytest.approx(prediction.posterior[i].max().item(), rel=1e-4)
-        assert row["tokens"] == prediction.cost.tokens == 10 * 14 + 4 * 2 * 130
+        assert row["tokens"] == prediction.cost.tokens[i].item()
+        # ten classes to scale 3, four to scale 6, and a second sample of these; scale 1 is a look-up
+        assert row["tokens"] <= 10 * 13 + 4 * 116 + 4 * 129
 
 
 def test_classes_by_name_and_index(run, pictures):

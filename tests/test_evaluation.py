@@ -28,7 +28,7 @@ def test_report_counts_what_the_classifier_says(golden_classifier):
     answer = classifier.classify(images, cascade=cascade).classes
     assert report.cascades[0].accuracy == (answer == labels).double().mean().item()
     assert report.cascades[0].agreement == (answer == full.argmax(1)).double().mean().item()
-    assert report.cascades[0].tokens == 7 * 5 + 3 * 30
+    assert report.cascades[0].tokens == 7 * 4 + 3 * 25
     truth = full[torch.arange(2), labels]
     assert report.nats_per_token == pytest.approx(-truth.mean().item() / 30, rel=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from varlik import smoothing
-from varlik.smoothing import noise
+from varlik.smoothing import Smoothing, noise
 
 
 def test_noise_depends_on_seed_key_and_sample_only():
@@ -28,28 +28,28 @@ def test_noise_is_standard_normal():
 def test_perturbed_samples_do_not_depend_on_the_batch(golden_classifier):
     classifier, expected = golden_classifier
     images = classifier.tokenize_pixels(expected["image"])
-    together = smoothing.perturb(classifier.vqvae.quantize, images, sample=2, sigma=0.1, seed=3)
-    alone = smoothing.perturb(classifier.vqvae.quantize, images[1:], sample=2, sigma=0.1, seed=3)
+    together = smoothing.perturb(classifier.vqvae.quantize, images, 2, Smoothing(0.1, seed=3))
+    alone = smoothing.perturb(classifier.vqvae.quantize, images[1:], 2, Smoothing(0.1, seed=3))
     torch.testing.assert_close(together.feature_map[1:], alone.feature_map)
     assert torch.equal(together.tokens[1:], alone.tokens)
     shift = together.feature_map - images.feature_map
     assert abs(shift.std().item() - 0.1) < 0.02
-    assert smoothing.perturb(classifier.vqvae.quantize, images, sample=0, sigma=0.1, seed=3) is images
+    assert smoothing.perturb(classifier.vqvae.quantize, images, 0, Smoothing(0.1, seed=3)) is images
 
 
 def test_aggregate():
     scores = torch.tensor([[-1.0, -3.0]])
-    assert smoothing.aggregate(scores).item() == -2
+    assert Smoothing().combine(scores).item() == -2
     expected = math.log((math.exp(-1) + math.exp(-3)) / 2)
-    assert smoothing.aggregate(scores, "log-mean-exp").item() == pytest.approx(expected)
+    assert Smoothing(aggregate="log-mean-exp").combine(scores).item() == pytest.approx(expected)
     with pytest.raises(ValueError, match="'median'"):
-        smoothing.aggregate(scores, "median")
+        Smoothing(aggregate="median")
 
 
 def test_smoothed_log_likelihood_is_the_mean_over_samples(golden_classifier):
     classifier, expected = golden_classifier
     images = classifier.tokenize_pixels(expected["image"])
-    each = [smoothing.perturb(classifier.vqvae.quantize, images, s, 0.2, seed=5) for s in range(4)]
+    each = [smoothing.perturb(classifier.vqvae.quantize, images, s, Smoothing(0.2, seed=5)) for s in range(4)]
     scores = torch.stack([classifier.log_likelihood(maps) for maps in each], -1)
     kwargs = {"samples": 3, "sigma": 0.2, "seed": 5}
     torch.testing.assert_close(classifier.smoothed_log_likelihood(images, **kwargs), scores[..., :3].mean(-1))

@@ -11,12 +11,17 @@ Source: A-VARC, ICLR 2026, section on partial-scale pruning, in the shape of its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from varlik.models.quantizer import MultiScaleQuantizer
+from varlik.scoring.engine import Engine
+from varlik.smoothing import Smoothing, perturb
+from varlik.tokens import TokenMaps
 
 _STAGE = re.compile(r"^(?P<scales>\d+%?)(?:x(?P<samples>\d+))?:(?P<keep>\d+)$")
 
@@ -126,34 +131,94 @@ AVARC_PLUS = Cascade.parse("60%:10,100%:3,100%x3:1")
 class StageResult:
     """What one stage of a cascade scored, for B images of n live classes each.
 
-    `labels` (B, n) int64 and their `log_likelihood` (B, n), averaged over samples and summed over the stage's scales;
-    `tokens` evaluated per image (classes x samples x tokens); `seconds` for the whole batch.
+    `labels` (B, n) int64 and their `log_likelihood` (B, n), put together over samples and summed over the first
+    `scales` token maps; `tokens` (B,) that this stage sent through the transformer for each image; `seconds` for the
+    whole batch.
     """
 
     stage: Stage
     scales: int
     labels: Tensor
     log_likelihood: Tensor
-    tokens: int
+    tokens: Tensor
     seconds: float
 
 
-Scorer = Callable[[Tensor, int, int], Tensor]
+class SampleScores:
+    """Log-likelihoods of the live classes of B images, stage after stage, on the engine's candidates.
+
+    Scores go on where the last call stopped; classes left out of a call are dropped for good.
+    """
+
+    def __init__(
+        self, engine: Engine, quantizer: MultiScaleQuantizer, images: TokenMaps, labels: Tensor, how: Smoothing
+    ):
+        self._engine, self._quantizer, self._images, self._how = engine, quantizer, images, how
+        self._candidates = engine.open(images, labels)
+        self._samples = 1
+
+    def __call__(self, labels: Tensor, scales: int, samples: range, retain: bool) -> Tensor:
+        """(B, n, S) log-likelihoods of `labels` (B, n) under each of `samples` (numbers from 0, the clean image).
+
+        With `retain`, keys and values are kept for a later call; clean rows go when `samples` leaves out 0.
+        """
+        engine, rows = self._engine, self._candidates
+        live = torch.zeros(len(self._images), engine.config.num_classes + 1, dtype=torch.bool, device=labels.device)
+        live.scatter_(1, labels, True)
+        rows = engine.keep(rows, live[rows.image, rows.label].nonzero().flatten())
+        for sample in range(self._samples, samples.stop):
+            rows = engine.fork(rows, perturb(self._quantizer, self._images, sample, self._how), sample)
+        self._samples = max(self._samples, samples.stop)
+        if 0 not in samples:
+            rows = engine.keep(rows, (rows.sample > 0).nonzero().flatten())
+        self._candidates = engine.advance(rows, scales, retain)
+        found = torch.full((*live.shape, self._samples), torch.nan, device=labels.device)
+        found[rows.image, rows.label, rows.sample] = rows.total(scales)
+        return found.gather(1, labels.unsqueeze(-1).expand(-1, -1, self._samples))[..., samples.start : samples.stop]
+
+    def spent(self) -> Tensor:
+        """Tokens (B,) that went through the transformer since this was last asked."""
+        rows = self._candidates
+        total = torch.zeros(len(self._images), dtype=torch.int64, device=rows.image.device)
+        total.index_add_(0, rows.image, rows.evaluated)
+        rows.evaluated.zero_()
+        return total
+
+    def close(self) -> None:
+        """Give the pages back."""
+        self._engine.close(self._candidates)
+
+
+def survivors(labels: Tensor, scores: Tensor, keep: int) -> Tensor:
+    """The `keep` labels with the highest scores, best first: (B, n), (B, n) -> (B, keep). Ties go to the first."""
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    return labels.gather(1, order[:, :keep])
 
 
 def run(
-    cascade: Cascade, labels: Tensor, log_prior: Tensor, num_scales: int, score: Scorer
-) -> list[tuple[int, Tensor, Tensor]]:
-    """Narrow down `labels` (B, N) stage by stage.
+    cascade: Cascade,
+    engine: Engine,
+    quantizer: MultiScaleQuantizer,
+    images: TokenMaps,
+    labels: Tensor,
+    log_prior: Tensor,
+    how: Smoothing,
+) -> tuple[StageResult, ...]:
+    """Narrow down `labels` (N,) stage by stage for every image.
 
-    `score(labels, scales, samples)` gives the smoothed log-likelihoods (B, n) of live labels; `log_prior`
-    (num_classes + 1,) is added when classes are ranked. Returns for every stage its scales, labels (B, n) and
-    log-likelihoods (B, n). Ties go to the class that stands first.
+    `log_prior` (num_classes + 1,) is added when classes are ranked.
     """
     results = []
-    for stage, scales in zip(cascade.stages, cascade.scales_of(num_scales), strict=True):
-        scores = score(labels, scales, stage.samples)
-        results.append((scales, labels, scores))
-        order = torch.argsort(scores + log_prior[labels], dim=1, descending=True, stable=True)
-        labels = labels.gather(1, order[:, : stage.keep])
-    return results
+    alive = labels.expand(len(images), -1)
+    scores = SampleScores(engine, quantizer, images, alive, how)
+    for number, (stage, scales) in enumerate(
+        zip(cascade.stages, cascade.scales_of(engine.config.num_scales), strict=True)
+    ):
+        started = time.perf_counter()
+        last = number + 1 == len(cascade.stages)
+        by_sample = scores(alive, scales, range(stage.samples), retain=not last)
+        log_likelihood = how.combine(by_sample)
+        results.append(StageResult(stage, scales, alive, log_likelihood, scores.spent(), time.perf_counter() - started))
+        alive = survivors(alive, log_likelihood + log_prior[alive], stage.keep)
+    scores.close()
+    return tuple(results)

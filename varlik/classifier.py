@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from varlik import cascade as cascades
 from varlik import images as image_files
-from varlik import smoothing
-from varlik.cascade import VARC, Cascade, StageResult
+from varlik.cascade import VARC, Cascade, SampleScores, StageResult
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
-from varlik.scoring import batched
-from varlik.smoothing import Aggregate
+from varlik.scoring.engine import Engine
+from varlik.smoothing import Aggregate, Smoothing
 from varlik.tokens import TokenMaps, tokenize
+
+IMAGE_BATCH = 256
 
 Images = Any
 """What `varlik.images` reads (paths, PIL images, tensors, arrays, lists of them), or `TokenMaps`."""
@@ -34,11 +35,11 @@ Classes = Sequence[int | str] | Tensor | None
 class Cost:
     """What a prediction took.
 
-    `tokens` per image through the transformer, `full_tokens` that the full likelihood of every candidate class would
-    take, `seconds` for the whole batch, tokenising included.
+    `tokens` (B,) that went through the transformer for each image, `full_tokens` that a naive pass per candidate class
+    would send, `seconds` for the whole batch, tokenising included.
     """
 
-    tokens: int
+    tokens: Tensor
     full_tokens: int
     seconds: float
 
@@ -115,6 +116,7 @@ class VARClassifier:
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.name = name
+        self._engine: Engine | None = None
 
     @property
     def device(self) -> torch.device:
@@ -126,10 +128,18 @@ class VARClassifier:
         """Index of the class that means "unconditional"; accepted wherever class indices are."""
         return self.var.config.null_class
 
+    @property
+    def engine(self) -> Engine:
+        """The scoring engine, made when first asked for; see `varlik.scoring.engine`."""
+        if self._engine is None:
+            self._engine = Engine(self.var)
+        return self._engine
+
     def to(self, device: str | torch.device) -> VARClassifier:
         """Move the model and return it."""
         self.var.to(device)
         self.vqvae.to(device)
+        self._engine = None
         return self
 
     def tokenize(self, images: Images) -> TokenMaps:
@@ -152,16 +162,22 @@ class VARClassifier:
 
         Raises `ValueError` for unknown classes and scales out of range, and as `tokenize`.
         """
-        images = self.tokenize(images)
-        labels = self.labels(classes)
-        return batched.token_log_prob(self.var, images, labels.expand(len(images), -1), scales)
+        images, labels, scales = self._checked(images, classes, scales)
+        parts = []
+        for batch in self._batches(images, len(labels), 1, scales):
+            rows = self.engine.open(batch, labels.expand(len(batch), -1), per_token=True)
+            self.engine.advance(rows, scales, retain=False)
+            length = self.var.config.boundaries[scales]
+            parts.append(rows.per_token()[:, :length].view(len(batch), len(labels), length))
+        return torch.cat(parts)
 
     def log_likelihood(self, images: Images, classes: Classes = None, scales: int | None = None) -> Tensor:
         """log p(image | class) in natural log, (B, N) float32; with `scales`, of the first token maps only.
 
         Raises as `token_log_prob`.
         """
-        return self.token_log_prob(images, classes, scales).sum(-1)
+        images, labels, scales = self._checked(images, classes, scales)
+        return self._sample_scores(images, labels, scales, range(1), Smoothing())[..., 0]
 
     def smoothed_log_likelihood(
         self,
@@ -185,12 +201,10 @@ class VARClassifier:
         """
         if samples < 1:
             raise ValueError(f"samples: expected 1 or more, got {samples}")
-        smoothing.check_aggregate(aggregate)
-        images = self.tokenize(images)
-        labels = self.labels(classes).expand(len(images), -1)
+        how = Smoothing(sigma, seed, aggregate)
+        images, labels, scales = self._checked(images, classes, scales)
         numbers = range(samples) if include_clean else range(1, samples + 1)
-        scores = self._sample_scores(images, labels, numbers, sigma, seed, scales)
-        return smoothing.aggregate(scores, aggregate)
+        return how.combine(self._sample_scores(images, labels, scales, numbers, how))
 
     def posterior(
         self,
@@ -229,32 +243,18 @@ class VARClassifier:
         """
         started = time.perf_counter()
         cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
-        cascade.scales_of(self.var.config.num_scales)
-        smoothing.check_aggregate(aggregate)
-        smoothing.check_sigma(sigma)
-        labels = self.labels(classes)
+        how = Smoothing(sigma, seed, aggregate)
+        stage_scales = cascade.scales_of(self.var.config.num_scales)
+        images, labels, _ = self._checked(images, classes, None)
         log_prior = torch.zeros(self.null_class + 1, device=self.device)
         log_prior[labels] = _log_prior(prior, len(labels), self.device)
-        images = self.tokenize(images)
-        seconds: list[float] = []
-
-        def score(alive: Tensor, scales: int, samples: int) -> Tensor:
-            start = time.perf_counter()
-            scores = self._sample_scores(images, alive, range(samples), sigma, seed, scales)
-            result = smoothing.aggregate(scores, aggregate)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-        rows = labels.expand(len(images), -1)
-        scored = cascades.run(cascade, rows, log_prior, self.var.config.num_scales, score)
-        stages = tuple(
-            StageResult(
-                stage, scales, alive, scores, alive.shape[1] * stage.samples * self.var.config.boundaries[scales], spent
-            )
-            for stage, (scales, alive, scores), spent in zip(cascade.stages, scored, seconds, strict=True)
-        )
+        batches = self._batches(images, len(labels), cascade.max_samples, stage_scales[0])
+        results = [
+            cascades.run(cascade, self.engine, self.vqvae.quantize, batch, labels, log_prior, how) for batch in batches
+        ]
+        stages = tuple(_merge(parts) for parts in zip(*results, strict=True))
         cost = Cost(
-            tokens=sum(stage.tokens for stage in stages),
+            tokens=torch.stack([stage.tokens for stage in stages]).sum(0),
             full_tokens=len(labels) * self.var.config.num_tokens,
             seconds=time.perf_counter() - started,
         )
@@ -268,7 +268,7 @@ class VARClassifier:
         images = self.tokenize(images)
         if scales is not None and not 1 <= scales <= self.var.config.num_scales:
             raise ValueError(f"scales: expected 1 to {self.var.config.num_scales}, got {scales}")
-        with torch.inference_mode():
+        with torch.no_grad():
             decoded = self.vqvae.decode(self.vqvae.quantize.feature_map(images.tokens, scales))
         return decoded.clamp(-1, 1).add(1).div(2)
 
@@ -315,15 +315,33 @@ class VARClassifier:
         shown = ", ".join(self.class_names[:12])
         return shown if len(self.class_names) <= 12 else f"{shown} and {len(self.class_names) - 12} more"
 
-    def _sample_scores(
-        self, images: TokenMaps, labels: Tensor, samples: Sequence[int], sigma: float, seed: int, scales: int | None
-    ) -> Tensor:
-        """Log-likelihoods (B, n, S) of labels (B, n) under each sample."""
-        scores = []
-        for sample in samples:
-            perturbed = smoothing.perturb(self.vqvae.quantize, images, sample, sigma, seed)
-            scores.append(batched.token_log_prob(self.var, perturbed, labels, scales).sum(-1))
-        return torch.stack(scores, dim=-1)
+    def _checked(self, images: Images, classes: Classes, scales: int | None) -> tuple[TokenMaps, Tensor, int]:
+        """Token maps, labels (N,) whose tables are built, and a number of scales that the model has."""
+        count = self.var.config.num_scales
+        scales = count if scales is None else scales
+        if not 1 <= scales <= count:
+            raise ValueError(f"scales: expected 1 to {count}, got {scales}")
+        labels = self.labels(classes)
+        images = self.tokenize(images)
+        self.engine.prepare(labels)
+        return images, labels, scales
+
+    def _batches(self, images: TokenMaps, classes: int, samples: int, scales: int) -> Iterator[TokenMaps]:
+        """Images in batches whose pages up to `scales` fit the cache."""
+        slots = classes * samples * self.var.config.boundaries[scales]
+        size = max(1, min(IMAGE_BATCH, self.engine.cache.max_slots // slots))
+        for first in range(0, len(images), size):
+            yield images[first : first + size]
+
+    def _sample_scores(self, images: TokenMaps, labels: Tensor, scales: int, samples: range, how: Smoothing) -> Tensor:
+        """Log-likelihoods (B, N, S) of labels (N,) under each of `samples`."""
+        parts = []
+        for batch in self._batches(images, len(labels), len(samples), scales):
+            rows = labels.expand(len(batch), -1)
+            scores = SampleScores(self.engine, self.vqvae.quantize, batch, rows, how)
+            parts.append(scores(rows, scales, samples, retain=False))
+            scores.close()
+        return torch.cat(parts)
 
     def _prediction(self, labels: Tensor, log_prior: Tensor, stages: tuple[StageResult, ...], cost: Cost) -> Prediction:
         column = torch.full((self.null_class + 1,), -1, device=labels.device)
@@ -357,6 +375,17 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch refuses an absent GPU by AssertionError
         raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return found
+
+
+def _merge(parts: tuple[StageResult, ...]) -> StageResult:
+    """One stage's results on several batches, as one."""
+    return replace(
+        parts[0],
+        labels=torch.cat([part.labels for part in parts]),
+        log_likelihood=torch.cat([part.log_likelihood for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        seconds=sum(part.seconds for part in parts),
+    )
 
 
 def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -180,6 +180,45 @@ def convert(
     console.print(f"wrote {escape(str(folder / 'var.safetensors'))} and {escape(str(folder / 'vqvae.safetensors'))}")
 
 
+@app.command()
+def flops(
+    model: Annotated[str, typer.Argument(help="A name from `varlik models`, or a folder; no weights are needed.")],
+    classes: Annotated[int | None, typer.Option(help="How many classes to tell apart. [default: all]")] = None,
+    cascade: Annotated[str, typer.Option(help='"full", "avarc+" or stages such as 6:10,10:3,10x3:1.')] = "full",
+    as_json: AsJson = False,
+) -> None:
+    """Count the arithmetic of classifying one image, as released and without what is computed twice."""
+    from varlik import flops as counts
+
+    var, vqvae = counts.configs_of(model)
+    classes, plan = var.num_classes if classes is None else classes, _cascade(cascade)
+    ways = {
+        way.__name__: {kind: way(plan, var, vqvae, classes, kind) for kind in counts.CONVENTIONS}
+        for way in (counts.released, counts.engine)
+    }
+    once = {kind: counts.class_table(var, classes, kind) for kind in counts.CONVENTIONS}
+    if as_json:
+        answer: dict[str, Any] = {"model": model, "classes": classes, "cascade": str(plan), "units": counts.UNITS}
+        answer |= {way: {kind: cost.as_dict() for kind, cost in costs.items()} for way, costs in ways.items()}
+        _print_json(answer | {"class_table": {kind: cost.as_dict() for kind, cost in once.items()}})
+        return
+    table = Table("way", "step", title=f"{model}, {classes} classes, {plan}: one image")
+    for heading in ("rows", "paper convention, G multiply-adds", "true, GFLOP"):
+        table.add_column(heading, justify="right")
+    for way, costs in ways.items():
+        paper, true = costs["paper"], costs["true"]
+        table.add_row(way, "all", str(paper.rows), _giga(paper.flops.total), _giga(true.flops.total), style="bold")
+        for a, b in zip(paper.steps, true.steps, strict=True):
+            table.add_row("", a.name, str(a.rows or ""), _giga(a.flops.total), _giga(b.flops.total))
+        table.add_section()
+    table.add_row("once per model", "class table", str(classes), *(_giga(cost.total) for cost in once.values()))
+    console.print(table)
+
+
+def _giga(number: int) -> str:
+    return f"{number / 1e9:.{1 if number >= 10**11 else 3}f}"
+
+
 def _cascade(text: str) -> varlik.Cascade:
     named = {"full": varlik.VARC, "avarc+": varlik.AVARC_PLUS}
     return named[text.lower()] if text.lower() in named else varlik.Cascade.parse(text)
@@ -216,7 +255,7 @@ def _answer(
                 "log_likelihood": None if score != score else score,  # NaN: dropped by an earlier stage
             }
         )
-    return {"image": str(path), "top": top, "tokens": prediction.cost.tokens}
+    return {"image": str(path), "top": top, "tokens": int(prediction.cost.tokens[i])}
 
 
 def _print_answers(answers: list[dict[str, Any]]) -> None:

@@ -66,7 +66,7 @@ class TokenMaps:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tokenize(vqvae: VQVAE, pixels: Tensor) -> TokenMaps:
     """Token maps of `pixels` (B, C, S, S) in [-1, 1].
 

@@ -22,7 +22,7 @@ class CascadeAccuracy:
     cascade: Cascade
     accuracy: float
     agreement: float
-    tokens: int
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,12 @@ def evaluate(
         ]
         classes = torch.cat([answer.classes for answer in answers])
         results.append(
-            CascadeAccuracy(cascade, _share(classes == labels), _share(classes == full), answers[0].cost.tokens)
+            CascadeAccuracy(
+                cascade,
+                _share(classes == labels),
+                _share(classes == full),
+                _mean([answer.cost.tokens for answer in answers]),
+            )
         )
     truth = partial[torch.arange(len(labels)), labels, -1]
     return AccuracyReport(
@@ -88,6 +93,10 @@ def calibration_error(posterior: Tensor, labels: Tensor, bins: int = 15) -> floa
     index = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=confidence.dtype).index_add_(0, index, confidence - correct)
     return gaps.abs().sum().item() / len(labels)
+
+
+def _mean(parts: list[Tensor]) -> float:
+    return torch.cat(parts).double().mean().item()
 
 
 def _share(hits: Tensor) -> float:

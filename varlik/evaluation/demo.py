@@ -67,20 +67,26 @@ def run(model: str = "fashion-mnist", cascade: Cascade = VARC, repeats: int = 3)
         f"varlik, A-VARC+ cascade {released}": lambda: classifier.classify(images, cascade=released),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    tokens = dict.fromkeys(ways, classifier.var.config.num_tokens * classifier.var.config.num_classes)
+    naive_tokens = classifier.var.config.num_tokens * classifier.var.config.num_classes
+    tokens = dict.fromkeys(ways, naive_tokens)
     for _ in range(repeats):  # interleaved, so that a slow moment of the machine hits all alike
         for name, way in ways.items():
             started = time.perf_counter()
             result = way()
             seconds[name].append(time.perf_counter() - started)
             if isinstance(result, Prediction):
-                tokens[name] = result.cost.tokens
+                tokens[name] = round(result.cost.tokens.double().mean().item())
     timings = tuple(Timing(name, sorted(values)[len(values) // 2], tokens[name]) for name, values in seconds.items())
     rows = tuple(
-        DemoRow(
-            path.name, classifier.class_names[truth], name, prediction.posterior[i].max().item(), prediction.cost.tokens
+        DemoRow(path.name, classifier.class_names[truth], name, posterior.max().item(), int(evaluated))
+        for path, truth, name, posterior, evaluated in zip(
+            pictures.paths,
+            pictures.labels,
+            prediction.names,
+            prediction.posterior,
+            prediction.cost.tokens,
+            strict=True,
         )
-        for i, (path, truth, name) in enumerate(zip(pictures.paths, pictures.labels, prediction.names, strict=True))
     )
     return Demo(model, str(classifier.device), rows, timings, difference)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from varlik import ops
 from varlik.models.config import VQVAEConfig
 
 RESIDUAL_RATIO = 0.5
@@ -102,9 +103,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def nearest_code(self, vectors: Tensor) -> Tensor:
         """Index (n,) of the codebook entry nearest to each of `vectors` (n, Cvae); ties go to the lowest index."""
-        codebook = self.embedding.weight
-        distance = vectors.square().sum(1, keepdim=True) + codebook.square().sum(1)
-        return torch.addmm(distance, vectors, codebook.T, alpha=-2).argmin(1)
+        # An index has no gradient, so the search takes none in training either.
+        return ops.nearest_code(vectors.detach(), self.embedding.weight.detach())
 
     def _quantise(self, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, channels, height, width = feature_map.shape

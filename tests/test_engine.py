@@ -1,0 +1,329 @@
+"""The engine against the reference, whatever the order of work; pages that neither leak nor alias."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from varlik import reference
+from varlik.models.config import VARConfig, VQVAEConfig
+from varlik.models.quantizer import MultiScaleQuantizer
+from varlik.models.var import VAR
+from varlik.scoring import engine as engine_module
+from varlik.scoring.engine import Engine
+from varlik.scoring.kv_cache import PagedCache
+from varlik.tokens import TokenMaps
+
+PATCH_NUMS = (1, 2, 3, 4)
+CONFIG = VARConfig(
+    depth=2, embed_dim=32, num_heads=2, patch_nums=PATCH_NUMS, vocab_size=20, codebook_dim=8, num_classes=6
+)
+CLASSES, IMAGES, SAMPLES = 6, 3, 3
+
+
+def make_model(config=CONFIG):
+    torch.manual_seed(0)
+    var = VAR(config)
+    with torch.no_grad():
+        for parameter in var.parameters():
+            parameter.normal_(std=0.2)
+    return var.eval()
+
+
+def make_samples():
+    """Token maps of three images, clean and twice perturbed: sample 1 agrees on two scales, sample 2 on none."""
+    torch.manual_seed(1)
+    quantizer = MultiScaleQuantizer(VQVAEConfig(channels=32, codebook_dim=8, vocab_size=20, patch_nums=PATCH_NUMS))
+    length = CONFIG.num_tokens
+    clean = torch.randint(20, (IMAGES, length))
+    some = clean.clone()
+    some[:, 7:] = torch.randint(20, (IMAGES, length - 7))
+    other = (clean + 1) % 20
+    keys, features = tuple(range(IMAGES)), torch.zeros(IMAGES, 8, 4, 4)
+    with torch.no_grad():
+        return [
+            TokenMaps(tokens, quantizer.teacher_forcing_input(tokens), features, keys, PATCH_NUMS)
+            for tokens in (clean, some, other)
+        ]
+
+
+@pytest.fixture(scope="module")
+def var():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples()
+
+
+@pytest.fixture(scope="module")
+def truth(var, samples):
+    """Reference scores in float64, (S, B, N, K): summed over the tokens of each scale."""
+    double = copy.deepcopy(var).double()
+    table = []
+    for maps in samples:
+        rows = [
+            reference.token_log_prob(double, maps.tokens, maps.teacher_forcing_input.double(), label)
+            for label in range(CLASSES)
+        ]
+        per_token = torch.stack(rows, dim=1)
+        ends = CONFIG.boundaries
+        table.append(torch.stack([per_token[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)], dim=-1))
+    return torch.stack(table)
+
+
+def ready(var, **options):
+    engine = Engine(var, **options)
+    engine.prepare(torch.arange(CLASSES))
+    return engine
+
+
+def check(rows, truth):
+    """Every score that is there equals the reference; every scale scored is there."""
+    wanted = truth[rows.sample, rows.image, rows.label]
+    there = torch.arange(CONFIG.num_scales) < rows.scored.unsqueeze(1)
+    assert torch.equal(torch.isfinite(rows.log_likelihood), there)
+    torch.testing.assert_close(rows.log_likelihood[there].double(), wanted[there], rtol=1e-5, atol=0)
+
+
+def all_classes(count=IMAGES):
+    return torch.arange(CLASSES).expand(count, -1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, replace(CONFIG, shared_aln=True), replace(CONFIG, attn_l2_norm=False)],
+    ids=["plain", "shared", "no-l2"],
+)
+def test_equals_reference_per_token(config, samples):
+    var = make_model(config)
+    engine = Engine(var)
+    engine.prepare(torch.arange(CLASSES))
+    rows = engine.advance(engine.open(samples[0], all_classes(), per_token=True), 4)
+    for label in range(CLASSES):
+        wanted = reference.token_log_prob(var, samples[0].tokens, samples[0].teacher_forcing_input, label)
+        torch.testing.assert_close(rows.per_token()[rows.label == label], wanted, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_order_of_work_gives_the_same_scores(var, samples, truth, data):
+    """Splits of scales, chunk sizes, class orders, image batches, keep and fork sequences, with and without memory."""
+    draw = data.draw
+    memory = draw(st.sampled_from([None, 0, 40_000]), label="max_memory")
+    engine = ready(var, max_memory=memory)
+    empty = engine.cache.pages_held
+    count = draw(st.integers(1, IMAGES), label="images")
+    order = torch.tensor(draw(st.permutations(range(CLASSES)), label="classes"))
+    labels = order[: draw(st.integers(1, CLASSES), label="how many")].expand(count, -1)
+    saved = dict(engine_module.CHUNK_BYTES)
+    engine_module.CHUNK_BYTES["cpu"] = draw(st.sampled_from([1, 60_000, 2**30]), label="chunk bytes")
+    try:
+        rows = engine.open(samples[0][:count], labels)
+        forked, scale = 1, 1
+        for _ in range(draw(st.integers(1, 6), label="steps")):
+            action = draw(st.sampled_from(["advance", "keep", "fork"]))
+            if action == "advance":
+                scale = draw(st.integers(scale, CONFIG.num_scales), label="to scale")
+                rows = engine.advance(rows, scale, retain=draw(st.booleans(), label="retain"))
+            elif action == "keep":
+                chosen = draw(st.lists(st.integers(0, len(rows) - 1), unique=True, max_size=len(rows)), label="rows")
+                rows = engine.keep(rows, torch.tensor(chosen, dtype=torch.int64))
+                if not len(rows):
+                    break
+            elif forked < SAMPLES:
+                rows = engine.fork(rows, samples[forked][:count], forked)
+                forked += 1
+            check(rows, truth)
+        rows = engine.advance(rows, CONFIG.num_scales)
+        check(rows, truth)
+        engine.close(rows)
+        assert engine.cache.pages_held == empty
+    finally:
+        engine_module.CHUNK_BYTES.update(saved)
+
+
+def test_stages_continue_and_forks_share(var, samples):
+    engine = ready(var)
+    ends = CONFIG.boundaries
+    rows = engine.advance(engine.open(samples[0], all_classes()), 3)
+    assert rows.evaluated.tolist() == [ends[3] - 1] * len(rows)
+    rows = engine.keep(rows, (rows.label < 2).nonzero().flatten())
+    rows.evaluated.zero_()
+    rows = engine.fork(rows, samples[1], 1)
+    rows = engine.fork(rows, samples[2], 2)
+    assert rows.cached[rows.sample == 1].tolist() == [2] * 6
+    assert rows.cached[rows.sample == 2].tolist() == [1] * 6
+    shared = rows.pages[rows.sample == 1, 1]
+    assert torch.equal(shared, rows.pages[rows.sample == 0, 1])
+    rows = engine.advance(rows, 4)
+    spent = [rows.evaluated[rows.sample == s].unique().tolist() for s in range(3)]
+    assert spent == [[ends[4] - ends[3]], [ends[4] - ends[2]], [ends[4] - ends[1]]]
+
+
+def test_pages_are_reused(var, samples):
+    engine = ready(var)
+    for _ in range(3):
+        rows = engine.advance(engine.open(samples[0], all_classes()), 4)
+        engine.close(rows)
+    first = engine.cache.capacity
+    rows = engine.advance(engine.open(samples[0], all_classes()), 4)
+    assert engine.cache.capacity == first
+    with pytest.raises(ValueError, match="another engine"):
+        ready(var).advance(rows, 4)
+
+
+def test_memory_is_bounded_and_rows_still_scored(var, samples, truth):
+    engine = ready(var, max_memory=0)
+    rows = engine.advance(engine.open(samples[0], all_classes()), 3)
+    assert rows.cached.unique().tolist() == [1]
+    rows = engine.advance(rows, 4)
+    check(rows, truth)
+
+
+def test_tables_grow_by_classes_asked_for(var, samples, truth):
+    engine = Engine(var)
+    engine.prepare(torch.tensor([4, 1]))
+    rows = engine.advance(engine.open(samples[0], torch.tensor([[1, 4]] * IMAGES)), 2)
+    engine.prepare(torch.tensor([0, 1, 2]))
+    assert len(engine.tables) == 4
+    more = engine.advance(engine.open(samples[0], torch.tensor([[2, 0]] * IMAGES)), 4)
+    check(more, truth)
+    check(engine.advance(rows, 4), truth)
+    assert engine.tables.num_bytes > 0
+    with pytest.raises(ValueError, match=r"classes \[3, 5\]"):
+        engine.open(samples[0], torch.tensor([[5, 3]] * IMAGES))
+
+
+def test_refusals(var, samples):
+    engine = ready(var)
+    rows = engine.advance(engine.open(samples[0], all_classes()), 3)
+    with pytest.raises(ValueError, match="2 lies before scale 3"):
+        engine.advance(rows, 2)
+    with pytest.raises(ValueError, match="to_scale"):
+        engine.advance(rows, 5)
+    with pytest.raises(ValueError, match="labels"):
+        engine.open(samples[0], torch.arange(CLASSES))
+    with pytest.raises(ValueError, match="new sample"):
+        engine.fork(rows, samples[1], 0)
+    with pytest.raises(ValueError, match="per_token"):
+        rows.per_token()
+    learning = replace(samples[0], teacher_forcing_input=samples[0].teacher_forcing_input.clone().requires_grad_())
+    with pytest.raises(ValueError, match="require grad"):
+        engine.open(learning, all_classes())
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """The cache against a model of it: a dictionary from page to (scale, holders)."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = (1, 4, 9)
+        self.cache = PagedCache(1, 1, 2, self.sizes, max_slots=60)
+        self.model: dict[int, list[int]] = {}
+
+    @rule(scale=st.integers(0, 2), count=st.integers(1, 4), temporary=st.booleans())
+    def allocate(self, scale, count, temporary):
+        try:
+            pages = self.cache.allocate(scale, count, temporary).tolist()
+        except MemoryError:
+            assert not temporary
+            return
+        assert len(set(pages)) == count
+        for page in pages:
+            assert page not in self.model
+            self.model[page] = [scale, 1]
+        slots = self.cache.slots(torch.tensor(pages).unsqueeze(1)) if scale == 0 else torch.tensor(pages)
+        assert int(slots.max()) < self.cache.capacity
+
+    @rule(pick=st.integers(0, 100))
+    def share(self, pick):
+        if self.model:
+            page = sorted(self.model)[pick % len(self.model)]
+            self.cache.share(torch.tensor([page, -1]))
+            self.model[page][1] += 1
+
+    @rule(pick=st.integers(0, 100))
+    def release(self, pick):
+        if self.model:
+            page = sorted(self.model)[pick % len(self.model)]
+            self.cache.release(torch.tensor([-1, page]))
+            self.model[page][1] -= 1
+            if not self.model[page][1]:
+                del self.model[page]
+
+    @invariant()
+    def no_leak_and_no_alias(self):
+        assert self.cache.pages_held == len(self.model)
+        spans = sorted((page, page + self.sizes[scale]) for page, (scale, _) in self.model.items())
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 3])
+def test_shared_prefix_reads_the_null_class(var, samples, prefix):
+    """Against a dense computation: the class attends to keys and values of the null class before the prefix."""
+    engine = ready(var)
+    held = engine.cache.pages_held
+    rows = engine.open(samples[0], all_classes(), shared_prefix=prefix)
+    end = CONFIG.boundaries[prefix]
+    assert rows.evaluated.view(IMAGES, CLASSES)[:, 0].tolist() == [end - 1] * IMAGES
+    assert rows.evaluated.view(IMAGES, CLASSES)[:, 1:].eq(0).all()
+    assert rows.pages[:, :prefix].view(IMAGES, CLASSES, prefix).unique(dim=1).shape[1] == 1
+    rows = engine.advance(rows, CONFIG.num_scales)
+    assert rows.log_likelihood[:, :prefix].eq(0).all()
+    wanted = shared_prefix_by_hand(var, samples[0], prefix)
+    got = rows.log_likelihood[:, prefix:].sum(1).view(IMAGES, CLASSES)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+    engine.close(rows)
+    assert engine.cache.pages_held <= held + 1  # the null class's own page at scale 1 stays
+
+
+def shared_prefix_by_hand(var, images, prefix):
+    """Class rows whose class vectors are, token by token, the null class's before the prefix and their own after it."""
+    from varlik.models.var import LAYER_NORM_EPS
+
+    end, labels = CONFIG.boundaries[prefix], torch.arange(CLASSES)
+    own, null = var.class_vectors(labels), var.class_vectors(torch.full((CLASSES,), CONFIG.null_class))
+
+    def mixed(a, b):  # (N, C) each -> (N, L, C)
+        early = (torch.arange(CONFIG.num_tokens) < end).view(1, -1, 1)
+        return torch.where(early, b.unsqueeze(1), a.unsqueeze(1))
+
+    def norm(x, scale, shift):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale) + shift
+
+    out = []
+    with torch.no_grad():
+        for b in range(len(images)):
+            words = var.word_embed(images.teacher_forcing_input[b]).expand(CLASSES, -1, -1)
+            start = mixed(own.start, null.start)[:, :1] + var.pos_start
+            sizes = torch.tensor([p * p for p in PATCH_NUMS])
+            x = torch.cat((start, words), 1) + var.lvl_embed.weight.repeat_interleave(sizes, 0) + var.pos_1LC
+            for i, block in enumerate(var.blocks):
+                vectors = [mixed(own.blocks[:, i, j], null.blocks[:, i, j]) for j in range(6)]
+                x = x + vectors[0] * block.attn(norm(x, vectors[2], vectors[4]), CONFIG.boundaries)
+                x = x + vectors[1] * block.ffn(norm(x, vectors[3], vectors[5]))
+            u = norm(x, mixed(own.head[:, 0], null.head[:, 0]), mixed(own.head[:, 1], null.head[:, 1]))
+            target = images.tokens[b].expand(CLASSES, -1).unsqueeze(-1)
+            log_prob = var.head(u).log_softmax(-1).gather(-1, target).squeeze(-1)
+            out.append(log_prob[:, end:].sum(1))
+    return torch.stack(out)
+
+
+def test_shared_prefix_refusals(var, samples):
+    with pytest.raises(ValueError, match="shared_prefix"):
+        ready(var).open(samples[0], all_classes(), shared_prefix=4)
+    with pytest.raises(MemoryError, match="shared_prefix"):
+        ready(var, max_memory=0).open(samples[0], all_classes(), shared_prefix=2)

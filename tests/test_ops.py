@@ -1,0 +1,565 @@
+"""The ops against float64, and what torch asks of a registered op.
+
+The error of ours is at most twice the error of plain torch in the same dtype, plus rounding. Outputs and pages start as
+NaN, so that what was never written shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from varlik import ops
+from varlik.ops import _registry
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """`torch.empty` gives NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """A budget of a few rows per tile, so that small problems take many tiles."""
+    monkeypatch.setattr(_registry, "CPU_TILE_BYTES", 1000)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, in a tensor that is contiguous in no dimension."""
+    holder = torch.full([2 * n + 1 for n in reversed(x.shape)], float("nan") if x.is_floating_point() else 10**9)
+    view = holder.to(x.dtype).permute(*reversed(range(x.dim())))[tuple(slice(1, None, 2) for _ in x.shape)]
+    return view.copy_(x)
+
+
+def double(inputs: tuple) -> tuple:
+    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def assert_as_good_as_torch(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Error against float64 at most twice that of plain torch, plus rounding of the output."""
+    assert exact.dtype == torch.float64
+    assert ours.shape == exact.shape
+    assert ours.is_contiguous()
+    if not ours.numel():
+        return
+    # In float64 the reference is no more exact than ours: both err by a few roundings.
+    roundings = 16 if ours.dtype == torch.float64 else 1
+    rounding = roundings * torch.finfo(ours.dtype).eps * exact.abs().max()
+    budget = 2 * (plain.double() - exact).abs().max() + rounding
+    error = (ours.double() - exact).abs()
+    assert error.max() <= budget, f"error {error.max():.3e}, budget {budget:.3e}, first at {error.argmax()}"
+
+
+# Plain torch, in the dtype of its inputs.
+
+
+def plain_ada_layer_norm(x, scale, shift, row_class):
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[row_class])[:, None] + shift[row_class][:, None]
+
+
+def plain_residual_ada_layer_norm(x, branch, gate, scale, shift, row_class):
+    y = x + gate[row_class][:, None] * branch
+    return y, plain_ada_layer_norm(y, scale, shift, row_class)
+
+
+def plain_qkv(qkv, q_bias, v_bias, log_scale, heads):
+    """q, k and v, (R, T, H, D) each."""
+    rows, tokens, width = qkv.shape
+    qkv = qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
+    q, k, v = qkv.reshape(rows, tokens, 3, heads, width // (3 * heads)).unbind(2)
+    if log_scale is not None:
+        q = F.normalize(q, dim=-1) * log_scale.clamp(max=math.log(100)).exp()[:, None]
+        k = F.normalize(k, dim=-1)
+    return q, k, v
+
+
+def plain_attention(q, k_pages, v_pages, slots, boundaries, softmax_scale):
+    """With a dense mask."""
+    length = slots.shape[1]
+    scale_of = torch.bucketize(torch.arange(length), torch.tensor(boundaries[1:-1], dtype=torch.int64), right=True)
+    mask = (scale_of[:, None] >= scale_of)[length - q.shape[1] :]
+    logits = torch.einsum("rthd,rlhd->rhtl", q, k_pages[slots]) * softmax_scale
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.einsum("rhtl,rlhd->rthd", weights, v_pages[slots])
+
+
+def plain_token_log_prob(hidden, weight, bias, targets):
+    return F.log_softmax(F.linear(hidden, weight, bias), dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+def plain_nearest_code(vectors, codebook):
+    distance = vectors.square().sum(1, keepdim=True) + codebook.square().sum(1)
+    return torch.addmm(distance, vectors, codebook.T, alpha=-2).argmin(1)
+
+
+# AdaLN
+
+
+def ada_layer_norm_inputs(rows=3, tokens=5, width=24, classes=4, dtype=torch.float32):
+    return (
+        3 * randn(rows, tokens, width, dtype=dtype) + 1,
+        randn(classes, width, seed=1, dtype=dtype),
+        randn(classes, width, seed=2, dtype=dtype),
+        randint(classes, rows),
+    )
+
+
+def residual_inputs(rows=3, tokens=5, width=24, classes=4, dtype=torch.float32):
+    x, scale, shift, row_class = ada_layer_norm_inputs(rows, tokens, width, classes, dtype)
+    branch, gate = randn(rows, tokens, width, seed=3, dtype=dtype), randn(classes, width, seed=4, dtype=dtype)
+    return x, branch, gate, scale, shift, row_class
+
+
+AdaLN_SHAPES = ((3, 5, 24, 4), (1, 1, 1, 1), (7, 1, 33, 2), (2, 3, 130, 9), (0, 3, 8, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", AdaLN_SHAPES)
+def test_ada_layer_norm(shape, dtype):
+    inputs = ada_layer_norm_inputs(*shape, dtype=dtype)
+    ours = ops.ada_layer_norm(*inputs)
+    assert ours.dtype == dtype
+    assert_as_good_as_torch(ours, plain_ada_layer_norm(*inputs), plain_ada_layer_norm(*double(inputs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", AdaLN_SHAPES)
+def test_residual_ada_layer_norm(shape, dtype):
+    inputs = residual_inputs(*shape, dtype=dtype)
+    before = inputs[0].clone()
+    ours = ops.residual_ada_layer_norm(*inputs)
+    assert torch.equal(inputs[0], before)
+    plain, exact = plain_residual_ada_layer_norm(*inputs), plain_residual_ada_layer_norm(*double(inputs))
+    for part in range(2):
+        assert ours[part].dtype == dtype
+        assert_as_good_as_torch(ours[part], plain[part], exact[part])
+
+
+def test_ada_layer_norm_takes_a_narrow_branch_and_wide_tables():
+    x, branch, gate, scale, shift, row_class = residual_inputs()
+    y, normed = ops.residual_ada_layer_norm(x, branch.half(), gate, scale.double(), shift, row_class)
+    expected = ops.residual_ada_layer_norm(x, branch.half().float(), gate, scale, shift, row_class)
+    assert y.dtype == normed.dtype == torch.float32
+    torch.testing.assert_close((y, normed), expected)
+
+
+def test_ada_layer_norm_of_half_precision_is_rounded_once():
+    # A mean far from zero: sums in the dtype of x would lose it.
+    x, scale, shift, row_class = ada_layer_norm_inputs(2, 3, 512, dtype=torch.bfloat16)
+    x = x + 100
+    exact = plain_ada_layer_norm(*double((x, scale, shift, row_class)))
+    ours = ops.ada_layer_norm(x, scale, shift, row_class)
+    assert (ours.double() - exact).abs().max() <= 2**-8 * exact.abs().max() * 1.01
+
+
+# qk_norm
+
+
+def qk_norm_inputs(rows=2, tokens=3, heads=2, head_dim=4, dtype=torch.float32, normalised=True):
+    width, pages = heads * head_dim, rows * tokens + 5
+    slots = torch.randperm(pages, generator=torch.Generator().manual_seed(5))[: rows * tokens].view(rows, tokens)
+    return (
+        randn(rows, tokens, 3 * width, dtype=dtype),
+        randn(width, seed=1, dtype=dtype),
+        randn(width, seed=2, dtype=dtype),
+        randn(heads, seed=3, dtype=dtype) + 4 if normalised else None,
+        torch.full((pages, heads, head_dim), math.nan, dtype=dtype),
+        torch.full((pages, heads, head_dim), math.nan, dtype=dtype),
+        slots,
+    )
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 4), (1, 1, 1, 1), (3, 5, 3, 7), (0, 2, 1, 2)])
+def test_qk_norm(shape, dtype, normalised):
+    inputs = qk_norm_inputs(*shape, dtype=dtype, normalised=normalised)
+    *given, k_pages, v_pages, slots = inputs
+    q = ops.qk_norm(*inputs)
+    assert q.dtype == dtype
+    plain = plain_qkv(*given, shape[2])
+    exact = plain_qkv(*double(tuple(given)), shape[2])
+    for ours, p, e in zip((q, k_pages[slots], v_pages[slots]), plain, exact, strict=True):
+        assert_as_good_as_torch(ours, p, e)
+    untouched = torch.ones(len(k_pages), dtype=torch.bool).index_fill(0, slots.flatten(), False)
+    assert k_pages[untouched].isnan().all()
+    assert v_pages[untouched].isnan().all()
+
+
+def test_qk_norm_bounds_the_scale_and_survives_zero_vectors():
+    qkv, q_bias, v_bias, _, k_pages, v_pages, slots = qk_norm_inputs()
+    log_scale = torch.tensor([1000.0, -math.inf])
+    q = ops.qk_norm(qkv, q_bias, v_bias, log_scale, k_pages, v_pages, slots)
+    torch.testing.assert_close(q[:, :, 0].norm(dim=-1), torch.full(slots.shape, 100.0))
+    assert (q[:, :, 1] == 0).all()
+    zero = torch.zeros_like(qkv)
+    q = ops.qk_norm(zero, torch.zeros_like(q_bias), v_bias, log_scale, k_pages, v_pages, slots)
+    assert (q == 0).all()
+    assert (k_pages[slots] == 0).all()
+    assert torch.equal(v_pages[slots], v_bias.view(2, 4).expand(2, 3, 2, 4))
+
+
+# Attention
+
+BOUNDARIES = [0, 1, 5, 14]
+
+
+def attention_inputs(rows=2, heads=2, head_dim=8, boundaries=BOUNDARIES, start=0, dtype=torch.float32):
+    length = boundaries[-1]
+    pages = rows * length + 3
+    slots = torch.randperm(pages, generator=torch.Generator().manual_seed(6))[: rows * length].view(rows, length)
+    q = randn(rows, length - start, heads, head_dim, dtype=dtype)
+    pages_of = [torch.full((pages, heads, head_dim), math.nan, dtype=dtype) for _ in range(2)]
+    for i, tensor in enumerate(pages_of):
+        tensor[slots] = randn(rows, length, heads, head_dim, seed=i + 1, dtype=dtype)
+    return q, *pages_of, slots, boundaries
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", BOUNDARIES[:-1])
+def test_attention(start, dtype):
+    inputs = attention_inputs(start=start, dtype=dtype)
+    ours = ops.scale_causal_attention(*inputs, softmax_scale=0.7)
+    assert ours.dtype == dtype
+    assert_as_good_as_torch(ours, plain_attention(*inputs, 0.7), plain_attention(*double(inputs), 0.7))
+
+
+@pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 1, 1), (3, 1, 7), (1, 3, 65), (0, 1, 4)])
+@pytest.mark.parametrize("boundaries", [[0, 1], [0, 3], [0, 1, 2, 3, 10]])
+def test_attention_of_odd_shapes(rows, heads, head_dim, boundaries):
+    inputs = attention_inputs(rows, heads, head_dim, boundaries, boundaries[-2])
+    ours = ops.scale_causal_attention(*inputs, softmax_scale=2.0)
+    assert_as_good_as_torch(ours, plain_attention(*inputs, 2.0), plain_attention(*double(inputs), 2.0))
+
+
+def test_attention_with_extreme_logits():
+    q, *rest = attention_inputs()
+    inputs = (1e4 * q, *rest)
+    ours = ops.scale_causal_attention(*inputs, softmax_scale=1.0)
+    assert_as_good_as_torch(ours, plain_attention(*inputs, 1.0), plain_attention(*double(inputs), 1.0))
+
+
+def test_attention_split_over_calls_and_rows_that_share_pages():
+    q, k_pages, v_pages, slots, _ = attention_inputs()
+    slots = slots[:1].expand(2, -1)
+    whole = ops.scale_causal_attention(q, k_pages, v_pages, slots, BOUNDARIES, softmax_scale=1.0)
+    parts = [
+        ops.scale_causal_attention(
+            q[:, a:b], k_pages, v_pages, slots[:, :b], [c for c in BOUNDARIES if c <= b], softmax_scale=1.0
+        )
+        for a, b in ((0, 5), (5, 14))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6)
+
+
+# token_log_prob
+
+
+def token_log_prob_inputs(rows=9, width=16, vocabulary=40, dtype=torch.float32):
+    return (
+        randn(rows, width, dtype=dtype),
+        randn(vocabulary, width, seed=1, dtype=dtype),
+        randn(vocabulary, seed=2, dtype=dtype),
+        randint(vocabulary, rows),
+    )
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 16, 40), (1, 1, 1), (5, 3, 1001), (33, 7, 5), (0, 3, 4)])
+def test_token_log_prob(shape, dtype):
+    inputs = token_log_prob_inputs(*shape, dtype=dtype)
+    ours = ops.token_log_prob(*inputs)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_as_good_as_torch(ours, plain_token_log_prob(*inputs), plain_token_log_prob(*double(inputs)))
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_token_log_prob_with_extreme_logits():
+    hidden, weight, bias, _ = token_log_prob_inputs(rows=8)
+    bias = bias.clone()
+    bias[:4] = torch.tensor([1e4, -1e4, 1e4, -math.inf])
+    targets = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    ours = ops.token_log_prob(hidden, weight, bias, targets)
+    exact = plain_token_log_prob(*double((hidden, weight, bias, targets)))
+    assert ours[3] == -math.inf
+    assert exact[3] == -math.inf
+    finite = exact.isfinite()
+    assert finite.sum() == 7
+    plain = plain_token_log_prob(hidden, weight, bias, targets)
+    assert_as_good_as_torch(ours[finite], plain[finite], exact[finite])
+
+
+def test_token_log_prob_holds_one_tile_of_logits(tmp_path):
+    inputs = token_log_prob_inputs(rows=3000, width=4, vocabulary=4096)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ops.token_log_prob(*inputs)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
+    peak = max(accumulate(changes))
+    output = 3000 * 4
+    assert output < peak <= 2 * _registry.CPU_TILE_BYTES + 2 * output
+
+
+def test_token_log_prob_refuses_a_target_outside_the_vocabulary():
+    hidden, weight, bias, targets = token_log_prob_inputs()
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        ops.token_log_prob(hidden, weight, bias, targets + 40)
+
+
+# nearest_code
+
+
+def nearest_code_inputs(rows=50, width=6, vocabulary=40, dtype=torch.float32):
+    return randn(rows, width, dtype=dtype), randn(vocabulary, width, seed=1, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(50, 6, 40), (1, 1, 1), (0, 2, 3), (257, 32, 4096), (1021, 8, 1000)])
+def test_nearest_code_is_bitwise_the_plain_formula(shape):
+    inputs = nearest_code_inputs(*shape)
+    assert torch.equal(ops.nearest_code(*inputs), plain_nearest_code(*inputs))
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nearest_code_is_nearest(dtype):
+    vectors, codebook = nearest_code_inputs(dtype=dtype)
+    expected = torch.cdist(vectors.double(), codebook.double()).argmin(1)
+    assert torch.equal(ops.nearest_code(vectors, codebook), expected)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_nearest_code_takes_the_first_of_equals():
+    vectors, codebook = nearest_code_inputs()
+    once = ops.nearest_code(vectors, codebook)
+    assert torch.equal(ops.nearest_code(vectors, codebook.repeat(3, 1)), once)
+    assert torch.equal(ops.nearest_code(vectors, codebook.repeat_interleave(2, dim=0)), 2 * once)
+
+
+def test_nearest_code_ignores_autocast():
+    inputs = nearest_code_inputs(500, 32, 1000)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = ops.nearest_code(*inputs)
+    assert torch.equal(ours, plain_nearest_code(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "sizes"),
+    [(0, 8, []), (1, 10**9, [1]), (3, 10**9, [1, 1, 1]), (5, 500, [1, 2, 2]), (7, 200, [3, 4]), (4, 250, [4])],
+)
+@pytest.mark.usefixtures("tiny_tiles")
+def test_tiles(rows, row_bytes, sizes):
+    tiles = list(_registry.tiles(rows, row_bytes, torch.device("cpu")))
+    assert [tile.stop - tile.start for tile in tiles] == sizes
+    assert [i for tile in tiles for i in range(rows)[tile]] == list(range(rows))
+
+
+# What holds for every op
+
+CASES = {
+    "ada_layer_norm": (ops.ada_layer_norm, ada_layer_norm_inputs, {}),
+    "residual_ada_layer_norm": (ops.residual_ada_layer_norm, residual_inputs, {}),
+    "qk_norm": (ops.qk_norm, qk_norm_inputs, {}),
+    "scale_causal_attention": (ops.scale_causal_attention, lambda: attention_inputs(start=5), {"softmax_scale": 0.5}),
+    "token_log_prob": (ops.token_log_prob, token_log_prob_inputs, {}),
+    "nearest_code": (ops.nearest_code, nearest_code_inputs, {}),
+}
+each_op = pytest.mark.parametrize("name", CASES)
+
+
+def registered_arguments(name: str) -> tuple:
+    """Arguments of the registered op, which takes everything by position."""
+    _, make, options = CASES[name]
+    eps = (EPS,) if "layer_norm" in name else ()
+    return (*make(), *options.values(), *eps, "torch")
+
+
+@each_op
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.varlik, name).default, registered_arguments(name))
+
+
+def test_opcheck_without_normalisation():
+    torch.library.opcheck(torch.ops.varlik.qk_norm.default, (*qk_norm_inputs(normalised=False), "torch"))
+
+
+@each_op
+def test_compiles_in_one_graph(name):
+    op, make, options = CASES[name]
+    compiled = torch.compile(lambda *inputs: op(*inputs, **options), fullgraph=True, backend="aot_eager")
+    inputs, same = make(), make()
+    torch.testing.assert_close(compiled(*inputs), op(*same, **options), rtol=0, atol=0)
+    # Pages too, where the op writes to them.
+    torch.testing.assert_close(
+        [x for x in inputs if isinstance(x, Tensor)],
+        [x for x in same if isinstance(x, Tensor)],
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+
+
+@each_op
+def test_takes_strides(name):
+    op, make, options = CASES[name]
+    inputs, spread = make(), tuple(strided(x) if isinstance(x, Tensor) else x for x in make())
+    assert not any(x.is_contiguous() for x in spread if isinstance(x, Tensor))
+    expected, ours = op(*inputs, **options), op(*spread, **options)
+    torch.testing.assert_close(ours, expected)
+    for output in ours if isinstance(ours, tuple) else (ours,):
+        assert output.is_contiguous()
+    for a, b in zip(inputs, spread, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(b, a, equal_nan=True)
+
+
+@each_op
+def test_fake_agrees_on_meta_tensors(name):
+    op, make, options = CASES[name]
+    expected = op(*make(), **options)
+    ours = op(*(x.to("meta") if isinstance(x, Tensor) else x for x in make()), **options)
+    for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (ours, expected)), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+FLOPS = {
+    "ada_layer_norm": 0,
+    "residual_ada_layer_norm": 0,
+    "qk_norm": 0,
+    # 2 rows, 2 heads of 8; the 9 queries of the last scale see 14 keys; products with keys and with values.
+    "scale_causal_attention": 2 * 2 * (2 * 2 * 8) * 9 * 14,
+    "token_log_prob": 2 * 9 * 16 * 40,
+    "nearest_code": 2 * 50 * 6 * 40,
+}
+
+
+@each_op
+def test_flops(name):
+    op, make, options = CASES[name]
+    with FlopCounterMode(display=False) as counter:
+        op(*make(), **options)
+    assert counter.get_total_flops() == FLOPS[name]
+    assert set(counter.get_flop_counts()["Global"]) == {getattr(torch.ops.varlik, name)}
+
+
+def test_flops_of_attention_count_the_attended_pairs():
+    with FlopCounterMode(display=False) as counter:
+        ops.scale_causal_attention(*attention_inputs(), softmax_scale=1.0)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 2 * 8) * (1 * 1 + 4 * 5 + 9 * 14)
+
+
+@each_op
+def test_refuses_inputs_that_require_grad(name):
+    op, make, options = CASES[name]
+    first, *rest = make()
+    first.requires_grad_()
+    with pytest.raises(ValueError) as error:
+        op(first, *rest, **options)
+    assert "requires grad" in str(error.value)
+    with torch.no_grad():
+        op(first, *rest, **options)
+
+
+@each_op
+def test_refuses_an_impl_it_lacks(name):
+    op, make, options = CASES[name]
+    op(*make(), **options, impl="torch")
+    with pytest.raises(ValueError) as error:
+        op(*make(), **options, impl="triton")
+    assert str(error.value) == f"impl: {name} has no Triton path in this version"
+    with pytest.raises(ValueError) as error:
+        op(*make(), **options, impl="cuda")
+    assert str(error.value) == 'impl: expected "auto", "torch" or "triton", got \'cuda\''
+
+
+@each_op
+def test_refuses_every_argument_of_another_dtype_or_shape(name):
+    op, make, options = CASES[name]
+    inputs = make()
+    for i, value in enumerate(inputs):
+        if not isinstance(value, Tensor):
+            continue
+        for wrong, kind in (
+            (value.bool(), TypeError),
+            (value.tolist(), TypeError),
+            (value[None], ValueError),
+            (value.to("meta"), ValueError),
+        ):
+            with pytest.raises(kind) as error:
+                op(*inputs[:i], wrong, *inputs[i + 1 :], **options)
+            assert "expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "shape", "message"),
+    [
+        ("ada_layer_norm", 1, (4, 23), "scale: expected shape (N, C) = (4, 24), got (4, 23)"),
+        ("ada_layer_norm", 3, (2,), "row_class: expected shape (R,) = (3,), got (2,)"),
+        ("residual_ada_layer_norm", 1, (3, 4, 24), "branch: expected shape (R, T, C) = (3, 5, 24), got (3, 4, 24)"),
+        ("qk_norm", 0, (2, 3, 16), "qkv: expected shape (R, T, 24) = (2, 3, 24), got (2, 3, 16)"),
+        ("qk_norm", 3, (3,), "log_scale: expected shape (2,), got (3,)"),
+        ("qk_norm", 6, (2, 2), "slots: expected shape (R, T) = (2, 3), got (2, 2)"),
+        ("scale_causal_attention", 3, (3, 14), "slots: expected shape (R, L) = (2, L), got (3, 14)"),
+        ("token_log_prob", 2, (39,), "bias: expected shape (V,) = (40,), got (39,)"),
+        ("token_log_prob", 1, (0, 16), "weight: expected shape (V, C) with V >= 1, got (0, 16)"),
+        ("nearest_code", 1, (40, 5), "codebook: expected shape (V, c) = (40, 6), got (40, 5)"),
+    ],
+)
+def test_messages_name_the_argument_and_the_shapes(name, index, shape, message):
+    op, make, options = CASES[name]
+    inputs = list(make())
+    inputs[index] = torch.zeros(shape, dtype=inputs[index].dtype)
+    if shape == (0, 16):
+        inputs[2] = torch.zeros(0)
+    with pytest.raises(ValueError) as error:
+        op(*inputs, **options)
+    assert str(error.value) == message
+
+
+def test_dtypes_that_must_agree():
+    hidden, weight, bias, targets = token_log_prob_inputs()
+    with pytest.raises(TypeError) as error:
+        ops.token_log_prob(hidden, weight.half(), bias, targets)
+    assert str(error.value) == "weight: expected torch.float32, as hidden has, got torch.float16"
+
+
+@pytest.mark.parametrize("boundaries", [[], [14], [1, 5, 14], [0, 5, 5, 14], [0, 5, 13], [0, 9, 5, 14]])
+def test_attention_refuses_boundaries(boundaries):
+    *inputs, _ = attention_inputs(start=5)
+    with pytest.raises(ValueError) as error:
+        ops.scale_causal_attention(*inputs, boundaries, softmax_scale=1.0)
+    assert str(error.value) == f"boundaries: expected to rise from 0 to L = 14, got {boundaries}"
+
+
+def test_attention_refuses_a_part_of_a_scale():
+    q, *rest = attention_inputs(start=5)
+    for tokens in (8, 0):
+        with pytest.raises(ValueError) as error:
+            ops.scale_causal_attention(q[:, :tokens], *rest, softmax_scale=1.0)
+        assert "with T = 14 - b for one b of [0, 1, 5]" in str(error.value)

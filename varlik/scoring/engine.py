@@ -1,0 +1,357 @@
+"""The engine: candidates in, per-scale log-likelihoods out, no piece of work done twice.
+
+`open` lists (image, class) rows, `advance` scores them up to a scale, `keep` drops rows, `fork` adds perturbed
+samples that share their pages with the clean one as far as their tokens agree. Stages continue: keys and values of
+scored scales stay in pages, so a later stage reads them and starts where the earlier one stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varlik import ops
+from varlik.models.var import VAR
+from varlik.scoring.class_tables import ClassTables
+from varlik.scoring.kv_cache import NO_PAGE, PagedCache
+from varlik.scoring.packed_weights import mlp, pack
+from varlik.tokens import TokenMaps
+
+# Activations of one chunk of rows, in bytes: what a CPU's caches hold, what keeps a GPU busy.
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
+CACHE_SHARE = 0.3  # of free memory that pages may take by default
+CPU_CACHE_BYTES = 4 * 2**30
+
+
+@dataclass
+class Candidates:
+    """R rows (image, sample, class) of one engine: what they have scored so far and where their keys and values lie.
+
+    - `image`, `sample`, `label`, `source` (R,): the row's image, sample number, class, and token maps in `tokens`.
+    - `log_likelihood` (R, K): natural log, summed over the tokens of each scale; NaN where not scored yet.
+    - `token_log_prob` (R, L): kept when asked for at `open`, NaN where not scored yet.
+    - `scored` (R,): scales scored; `cached` (R,): scales whose keys and values are in `pages` (R, K).
+    - `tokens` (M, L), `inputs` (M, L - 1, Cvae): token maps and teacher-forcing input of M (image, sample) pairs.
+    - `evaluated` (R,): tokens that went through the transformer for the row.
+    """
+
+    engine: Engine = field(repr=False)
+    image: Tensor
+    sample: Tensor
+    label: Tensor
+    source: Tensor
+    log_likelihood: Tensor
+    token_log_prob: Tensor | None
+    scored: Tensor
+    cached: Tensor
+    pages: Tensor
+    evaluated: Tensor
+    tokens: Tensor
+    inputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def per_token(self) -> Tensor:
+        """log p(token | coarser token maps, class), (R, L). Raises `ValueError` if not asked for at `open`."""
+        if self.token_log_prob is None:
+            raise ValueError("candidates: opened without per_token")
+        return self.token_log_prob
+
+    def total(self, scales: int) -> Tensor:
+        """log p(first `scales` token maps | class), (R,); NaN for rows not scored so far."""
+        return self.log_likelihood[:, :scales].double().sum(1).float()
+
+
+_PER_ROW = ("image", "sample", "label", "source", "log_likelihood", "scored", "cached", "pages", "evaluated")
+
+
+class Engine:
+    """Likelihoods of many classes of many images, from one model.
+
+    Raises `ValueError` for candidates of another engine, classes that were not prepared, and scales that go backwards.
+    """
+
+    def __init__(self, var: VAR, max_memory: int | None = None):
+        """`max_memory` bounds the pages in bytes; rows whose pages find no room are scored without keeping them."""
+        self.config = var.config
+        self.weights = pack(var)
+        self.tables = ClassTables(var, self.weights)
+        dtype, device = self.weights.positions.dtype, self.weights.positions.device
+        per_slot = 2 * self.config.depth * self.config.embed_dim * self.weights.positions.element_size()
+        budget = _default_cache_bytes(device) if max_memory is None else max_memory
+        self.cache = PagedCache(
+            self.config.depth,
+            self.config.num_heads,
+            self.config.head_dim,
+            tuple(p * p for p in self.config.patch_nums),
+            max_slots=max(1, budget // per_slot) + self.config.num_classes + 1,
+            dtype=dtype,
+            device=device,
+        )
+        self._class_pages = torch.empty(0, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def prepare(self, labels: Tensor) -> None:
+        """Build the class tables of `labels` (n,) that are missing."""
+        added = self.tables.extend(labels)
+        if not len(added):
+            return
+        pages = self.cache.allocate(0, len(added))
+        for layer in range(self.config.depth):
+            self.cache.keys[layer][pages] = self.tables.keys[layer][added]
+            self.cache.values[layer][pages] = self.tables.values[layer][added]
+        self._class_pages = torch.cat((self._class_pages, pages))
+
+    @torch.no_grad()
+    def open(self, images: TokenMaps, labels: Tensor, per_token: bool = False, shared_prefix: int = 0) -> Candidates:
+        """Rows of every class of `labels` (B, N) for each image, scored at scale 1 (a look-up).
+
+        `shared_prefix=j` is an approximation, off by default: all classes of an image read one set of keys and values
+        at scales 1..j, those of the null class, and only scales j + 1 and later are scored (the others count 0).
+
+        Raises `ValueError` for labels of another shape, classes that were not prepared and a prefix that leaves no
+        scale; `MemoryError` when the pages of a shared prefix find no room.
+        """
+        if labels.dim() != 2 or len(labels) != len(images):
+            raise ValueError(f"labels: expected ({len(images)}, N), got {tuple(labels.shape)}")
+        if images.teacher_forcing_input.requires_grad:
+            raise ValueError("images: the engine takes no inputs that require grad; use the transformer itself")
+        count = labels.shape[1]
+        image = torch.arange(len(images), device=labels.device).repeat_interleave(count)
+        clean = torch.zeros_like(image)
+        rows = self._rows(image, clean, labels.flatten(), image, images.tokens, images.teacher_forcing_input, per_token)
+        if shared_prefix:
+            self._share_null_prefix(rows, images, shared_prefix)
+        return rows
+
+    @torch.no_grad()
+    def advance(self, candidates: Candidates, to_scale: int, retain: bool = True) -> Candidates:
+        """Score every row up to and including scale `to_scale`, in place.
+
+        With `retain` the keys and values of the new scales are kept for a later stage, as far as memory allows.
+        Raises `ValueError` for a scale beyond the model's or before what a row has scored.
+        """
+        self._check(candidates)
+        if not 1 <= to_scale <= self.config.num_scales:
+            raise ValueError(f"to_scale: expected 1 to {self.config.num_scales}, got {to_scale}")
+        if len(candidates) and to_scale < int(candidates.scored.max()):
+            raise ValueError(f"to_scale: {to_scale} lies before scale {int(candidates.scored.max())}, which is scored")
+        todo = (candidates.scored < to_scale).nonzero().flatten()
+        for cached in candidates.cached[todo].unique().tolist():
+            group = todo[candidates.cached[todo] == cached]
+            size = self._chunk_rows(cached, to_scale)
+            start = 0
+            while start < len(group):
+                rows = group[start : start + size]
+                try:
+                    self._advance_chunk(candidates, rows, cached, to_scale, retain)
+                except torch.cuda.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    size = size // 2
+                    torch.cuda.empty_cache()
+                    continue
+                start += len(rows)
+        return candidates
+
+    @torch.no_grad()
+    def keep(self, candidates: Candidates, rows: Tensor) -> Candidates:
+        """The rows (n,) of `candidates`, which is used up; the pages of all other rows become free."""
+        self._check(candidates)
+        dropped = torch.ones(len(candidates), dtype=torch.bool, device=rows.device)
+        dropped[rows] = False
+        self.cache.release(candidates.pages[dropped, 1:])
+        kept = {name: getattr(candidates, name)[rows] for name in _PER_ROW}
+        per_token = None if candidates.token_log_prob is None else candidates.token_log_prob[rows]
+        return Candidates(
+            engine=self, token_log_prob=per_token, tokens=candidates.tokens, inputs=candidates.inputs, **kept
+        )
+
+    @torch.no_grad()
+    def fork(self, candidates: Candidates, images: TokenMaps, sample: int) -> Candidates:
+        """`candidates` and, for each of its clean rows, one of sample `sample`, whose token maps are `images` (all B).
+
+        Scores and pages are shared up to the last scale in which all tokens so far equal the clean ones.
+        Raises `ValueError` for sample 0, or one that is there already.
+        """
+        self._check(candidates)
+        if sample < 1 or (candidates.sample == sample).any():
+            raise ValueError(f"sample: expected a new sample from 1 on, got {sample}")
+        clean = (candidates.sample == 0).nonzero().flatten()
+        image, label = candidates.image[clean], candidates.label[clean]
+        new = self._rows(
+            image,
+            torch.full_like(image, sample),
+            label,
+            image + len(candidates.tokens),
+            torch.cat((candidates.tokens, images.tokens)),
+            torch.cat((candidates.inputs, images.teacher_forcing_input)),
+            candidates.token_log_prob is not None,
+        )
+        agreeing = self._agreeing_scales(candidates.tokens[candidates.source[clean]], new.tokens[new.source])
+        shared = torch.minimum(agreeing, candidates.cached[clean]).clamp(min=1)
+        self._share_prefix(candidates, clean, new, shared)
+        merged = {name: torch.cat((getattr(candidates, name), getattr(new, name))) for name in _PER_ROW}
+        per_token = None
+        if candidates.token_log_prob is not None and new.token_log_prob is not None:
+            per_token = torch.cat((candidates.token_log_prob, new.token_log_prob))
+        return Candidates(engine=self, token_log_prob=per_token, tokens=new.tokens, inputs=new.inputs, **merged)
+
+    @torch.no_grad()
+    def close(self, candidates: Candidates) -> None:
+        """Free the pages of all rows."""
+        self._check(candidates)
+        self.cache.release(candidates.pages[:, 1:])
+        candidates.pages[:, 1:] = NO_PAGE
+        candidates.cached.fill_(1)
+
+    def _check(self, candidates: Candidates) -> None:
+        if candidates.engine is not self:
+            raise ValueError("candidates: rows of another engine")
+
+    def _rows(self, image, sample, label, source, tokens, inputs, per_token: bool) -> Candidates:
+        table_rows = self.tables.rows(label)
+        count, config = len(label), self.config
+        first = self.tables.first_log_prob[table_rows, tokens[source, 0]]
+        log_likelihood = torch.full((count, config.num_scales), torch.nan, device=label.device)
+        log_likelihood[:, 0] = first
+        token_log_prob = None
+        if per_token:
+            token_log_prob = torch.full((count, config.num_tokens), torch.nan, device=label.device)
+            token_log_prob[:, 0] = first
+        pages = torch.full((count, config.num_scales), NO_PAGE, device=label.device)
+        pages[:, 0] = self._class_pages[table_rows]
+        ones = torch.ones_like(label)
+        return Candidates(
+            engine=self,
+            image=image,
+            sample=sample,
+            label=label,
+            source=source,
+            log_likelihood=log_likelihood,
+            token_log_prob=token_log_prob,
+            scored=ones,
+            cached=ones.clone(),
+            pages=pages,
+            evaluated=torch.zeros_like(label),
+            tokens=tokens,
+            inputs=inputs,
+        )
+
+    def _chunk_rows(self, cached: int, to_scale: int) -> int:
+        """Rows whose activations fit the chunk: 13 C floats a token (stream, norm, QKV, MLP) and the gathered pages."""
+        boundaries, width = self.config.boundaries, self.config.embed_dim
+        new, seen = boundaries[to_scale] - boundaries[cached], boundaries[to_scale]
+        row_bytes = (13 * new + 2 * seen) * width * self.weights.positions.element_size()
+        device = self.weights.positions.device.type
+        return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // row_bytes)
+
+    def _advance_chunk(self, candidates: Candidates, rows: Tensor, cached: int, to_scale: int, retain: bool) -> None:
+        """Score `rows` (n,), all of which have pages for exactly `cached` scales."""
+        scales = range(cached, to_scale)
+        retain = retain and self.cache.room(scales) >= len(rows)
+        pages = candidates.pages[rows, :to_scale]
+        for k in scales:
+            pages[:, k] = self.cache.allocate(k, len(rows), temporary=not retain)
+        try:
+            log_prob = self._forward(candidates, rows, pages, cached, to_scale)
+        except BaseException:
+            self.cache.release(pages[:, cached:])
+            raise
+        boundaries = self.config.boundaries
+        candidates.evaluated[rows] += log_prob.shape[1]
+        if candidates.token_log_prob is not None:
+            candidates.token_log_prob[rows, boundaries[cached] : boundaries[to_scale]] = log_prob
+        for k in scales:
+            part = log_prob[:, boundaries[k] - boundaries[cached] : boundaries[k + 1] - boundaries[cached]]
+            candidates.log_likelihood[rows, k] = part.double().sum(1).float()
+        candidates.scored[rows] = to_scale
+        if retain:
+            candidates.pages[rows, :to_scale] = pages
+            candidates.cached[rows] = to_scale
+        else:
+            self.cache.release(pages[:, cached:])
+
+    def _forward(self, candidates: Candidates, rows: Tensor, pages: Tensor, cached: int, to_scale: int) -> Tensor:
+        """Token log-probs (n, T) of scales cached + 1 .. to_scale, writing their keys and values to `pages`."""
+        weights, tables, cache = self.weights, self.tables, self.cache
+        boundaries = list(self.config.boundaries[: to_scale + 1])
+        first, end = boundaries[cached], boundaries[to_scale]
+        row_class = tables.rows(candidates.label[rows])
+        slots = cache.slots(pages)
+        # Inputs depend on the image alone: embedded once, however many classes read them.
+        sources, own = candidates.source[rows].unique(return_inverse=True)
+        stream = (
+            F.linear(candidates.inputs[sources, first - 1 : end - 1], *weights.words) + weights.positions[first:end]
+        )
+        x = stream[own]
+        u = ops.ada_layer_norm(x, tables.blocks[0][2], tables.blocks[0][4], row_class)
+        for i, block in enumerate(weights.blocks):
+            keys, values, vectors = cache.keys[i], cache.values[i], tables.blocks[i]
+            qkv = F.linear(u, block.qkv)
+            q = ops.qk_norm(qkv, block.q_bias, block.v_bias, block.log_scale, keys, values, slots[:, first:])
+            attended = ops.scale_causal_attention(
+                q, keys, values, slots, boundaries, softmax_scale=weights.softmax_scale
+            )
+            branch = F.linear(attended.flatten(2), *block.proj)
+            x, u = ops.residual_ada_layer_norm(x, branch, vectors[0], vectors[3], vectors[5], row_class)
+            branch = mlp(u, block)
+            last = i + 1 == len(weights.blocks)
+            scale, shift = tables.head if last else (tables.blocks[i + 1][2], tables.blocks[i + 1][4])
+            x, u = ops.residual_ada_layer_norm(x, branch, vectors[1], scale, shift, row_class)
+        targets = candidates.tokens[candidates.source[rows], first:end]
+        return ops.token_log_prob(u.flatten(0, 1), *weights.head, targets.flatten()).view(targets.shape)
+
+    def _agreeing_scales(self, clean: Tensor, other: Tensor) -> Tensor:
+        """How many leading scales agree in every token, (n,), of tokens (n, L)."""
+        equal = clean == other
+        whole = [equal[:, a:b].all(1) for a, b in itertools.pairwise(self.config.boundaries)]
+        return torch.stack(whole, dim=1).long().cumprod(1).sum(1)
+
+    def _share_prefix(self, candidates: Candidates, clean: Tensor, new: Candidates, shared: Tensor) -> None:
+        """Let each row of `new` hold the pages and scores of its clean row for its first `shared` (n,) scales."""
+        prefix = torch.arange(self.config.num_scales, device=shared.device) < shared.unsqueeze(1)
+        new.pages = torch.where(prefix, candidates.pages[clean], new.pages)
+        self.cache.share(new.pages[:, 1:])
+        new.log_likelihood = torch.where(prefix, candidates.log_likelihood[clean], new.log_likelihood)
+        # The first token may differ though the page, which the class alone decides, is shared: look it up.
+        first = new.tokens[new.source, 0]
+        new.log_likelihood[:, 0] = self.tables.first_log_prob[self.tables.rows(new.label), first]
+        if new.token_log_prob is not None and candidates.token_log_prob is not None:
+            ends = torch.tensor(self.config.boundaries[1:], device=shared.device)[shared - 1]
+            tokens = torch.arange(self.config.num_tokens, device=shared.device) < ends.unsqueeze(1)
+            new.token_log_prob = torch.where(tokens, candidates.token_log_prob[clean], new.token_log_prob)
+            new.token_log_prob[:, 0] = new.log_likelihood[:, 0]
+        new.scored, new.cached = shared.clone(), shared.clone()
+
+    def _share_null_prefix(self, rows: Candidates, images: TokenMaps, prefix: int) -> None:
+        """Let all rows of an image hold the null class's pages of scales 1..`prefix`."""
+        if not 1 <= prefix < self.config.num_scales:
+            raise ValueError(f"shared_prefix: expected 0 to {self.config.num_scales - 1}, got {prefix}")
+        null = torch.full((len(images), 1), self.config.null_class, device=rows.label.device)
+        self.prepare(null[:1, 0])
+        owner = self.advance(self.open(images, null), prefix)
+        if int(owner.cached.min()) < prefix:
+            self.close(owner)
+            raise MemoryError(f"shared_prefix: no room for the pages of {prefix} scales of {len(images)} images")
+        rows.pages[:, :prefix] = owner.pages[rows.image, :prefix]
+        self.cache.share(rows.pages[:, 1:prefix])
+        rows.log_likelihood[:, :prefix] = 0
+        if rows.token_log_prob is not None:
+            rows.token_log_prob[:, : self.config.boundaries[prefix]] = 0
+        rows.scored.fill_(prefix)
+        rows.cached.fill_(prefix)
+        first_of_image = torch.arange(0, len(rows), len(rows) // len(images), device=rows.label.device)
+        rows.evaluated[first_of_image] = owner.evaluated
+        self.close(owner)
+
+
+def _default_cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return CPU_CACHE_BYTES
