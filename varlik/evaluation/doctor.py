@@ -64,7 +64,10 @@ def check_fixture(model: str) -> tuple[Check, ...]:
     truth = torch.tensor(pictures.labels)
     correct = int((scores.sum(-1).argmax(1) == truth).sum())
     wanted = int((expected["token_log_prob"].sum(-1).argmax(1) == truth).sum())
+    tables = classifier.engine.tables
+    size = f"{len(tables)} classes, {tables.num_bytes / 2**20:.2f} MiB, built once in {1000 * tables.seconds:.0f} ms"
     return (
+        Check(f"{model} class tables", None, size),
         Check(f"{model} tokens", flipped == 0, f"{flipped} of {images.tokens.numel()} differ"),
         Check(f"{model} token log-probs", difference <= TOLERANCE, f"largest difference {difference:.1e} nats"),
         Check(f"{model} accuracy", correct == wanted, f"{correct} of {len(truth)} right, {wanted} expected"),

@@ -7,6 +7,8 @@ nor position 0, and scale 1 costs a look-up.
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,7 @@ class ClassTables:
     - `blocks[i][j]` (N, C): vector j of block i, in the order of `ClassVectors.blocks`; `head[j]` (N, C) likewise.
     - `keys[i]`, `values[i]` (N, H, D): of position 0 in block i.
     - `first_log_prob` (N, V): log p(r_1 | class), float32.
+    - `seconds`: time spent building so far.
     """
 
     def __init__(self, var: VAR, weights: PackedWeights):
@@ -37,6 +40,7 @@ class ClassTables:
         self.head = [empty] * 2
         self.keys, self.values = [cells] * config.depth, [cells] * config.depth
         self.first_log_prob = torch.empty(0, config.vocab_size, device=device)
+        self.seconds = 0.0
 
     def __len__(self) -> int:
         return len(self.first_log_prob)
@@ -59,9 +63,10 @@ class ClassTables:
     def extend(self, labels: Tensor) -> Tensor:
         """Add those of `labels` (n,) that are missing and return the table rows that were added."""
         missing = labels[self._row[labels] < 0].unique()
-        before = len(self)
+        before, started = len(self), time.perf_counter()
         for chunk in missing.split(CHUNK):
             self._build(chunk)
+        self.seconds += time.perf_counter() - started
         return torch.arange(before, len(self), device=missing.device)
 
     def _build(self, labels: Tensor) -> None:

@@ -57,7 +57,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
     slope = 2 * math.sqrt(2 / math.pi)
-    return (x * x).mul_(0.044715 * slope).add_(slope).mul_(x).sigmoid_().mul_(x)
+    return torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope).mul_(x).sigmoid_().mul_(x)
 
 
 @torch.no_grad()
