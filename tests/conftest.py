@@ -44,3 +44,22 @@ def golden_classifier(data: Path):
     loaded = checkpoints.load_models(*files)
     classifier = VARClassifier(loaded.var, loaded.vqvae, loaded.class_names, loaded.preprocessing)
     return classifier, load_file(data / "adaln.expected.safetensors")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """`run(*arguments)` calls the command line as a user does: (exit code, stdout, stderr)."""
+    from varlik.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["varlik", *map(str, arguments)])
+        monkeypatch.setattr("varlik.cli.console._width", 160)
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return int(str(code)), captured.out, captured.err
+
+    return call

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varlik import flops
 from varlik.cascade import AVARC_PLUS, VARC, Cascade
-from varlik.cli import main
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.models.presets import bundled_folder, get_preset, list_models
 from varlik.models.var import VAR
@@ -223,33 +221,17 @@ def test_configurations_by_name_and_folder(tmp_path):
         flops.configs_of(str(tmp_path))
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["varlik", "flops", *map(str, arguments)])
-        monkeypatch.setattr("varlik.cli.console._width", 160)
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_command_prints_the_published_figures(run):
-    code, out, err = run("var-d16", "--classes", 100, "--cascade", "avarc+")
+    code, out, err = run("flops", "var-d16", "--classes", 100, "--cascade", "avarc+")
     assert (code, err) == (0, "")
     for figure in ("4649.4", "4008.0", "107.9", "30.842"):
         assert figure in out
-    assert "14105.0" in run("var-d16", "--classes", 100)[1]
-    assert "140079.0" in run("var-d16")[1]
+    assert "14105.0" in run("flops", "var-d16", "--classes", 100)[1]
+    assert "140079.0" in run("flops", "var-d16")[1]
 
 
 def test_command_json(run):
-    code, out, _ = run("var-d16", "--classes", 100, "--cascade", "6:10,10:3,10x3:1", "--json")
+    code, out, _ = run("flops", "var-d16", "--classes", 100, "--cascade", "6:10,10:3,10x3:1", "--json")
     answer = json.loads(out)
     assert code == 0
     assert answer["cascade"] == "6:10,10:3,10x3:1"
@@ -274,7 +256,7 @@ def test_command_json(run):
     ],
 )
 def test_wrong_options_exit_2_with_one_line(run, arguments, message):
-    code, out, err = run(*arguments)
+    code, out, err = run("flops", *arguments)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert message in err
