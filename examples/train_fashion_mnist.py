@@ -26,7 +26,7 @@ from varlik.models import checkpoints
 from varlik.models.config import Preprocessing, VARConfig, VQVAEConfig
 from varlik.models.presets import BUNDLED
 from varlik.training.loop import LoopConfig
-from varlik.training.var import feature_maps, train_var
+from varlik.training.var import contrast_var, feature_maps, train_var
 from varlik.training.vqvae import train_vqvae
 
 NAME = "fashion-mnist"
@@ -50,7 +50,24 @@ VAR_CONFIG = VARConfig(
     depth=5, embed_dim=128, num_heads=4, patch_nums=PATCH_NUMS, vocab_size=256, codebook_dim=16, num_classes=10
 )
 VAR_LOOP = LoopConfig(
-    steps=8_000, batch_size=32, learning_rate=3e-3, muon_rate=4e-3, hold=0.3, average=0.999, checkpoint_every=250
+    steps=8_000,
+    stop=5_250,
+    batch_size=32,
+    learning_rate=3e-3,
+    muon_rate=4e-3,
+    hold=0.3,
+    average=0.999,
+    checkpoint_every=250,
+)
+CONTRAST_LOOP = LoopConfig(
+    steps=2_600,
+    batch_size=16,
+    learning_rate=1.5e-3,
+    muon_rate=2e-3,
+    warmup=50,
+    average=0.998,
+    seed=1,
+    checkpoint_every=250,
 )
 SAMPLES = 12
 
@@ -72,6 +89,9 @@ def main() -> None:
     labels = torch.from_numpy(training.labels)
     var = train_var(
         features, labels, vqvae.quantize, VAR_CONFIG, VAR_LOOP, options.work / "var", compiled=not options.eager
+    )
+    var = contrast_var(
+        var, features, labels, vqvae.quantize, CONTRAST_LOOP, options.work / "contrast", compiled=not options.eager
     )
     out = options.out or BUNDLED / NAME
     checkpoints.save(out, var, vqvae, training.class_names, PREPROCESSING, dtype=torch.float32)

@@ -208,3 +208,15 @@ def test_prior_takes_part_in_every_elimination(classifier, images):
         assert worst in survivors
     without = classifier.classify(images, cascade="2:2,4:1").stages[1].labels
     assert torch.equal(without, scores.argsort(dim=1, descending=True, stable=True)[:, :2])
+
+
+def test_callers_modes_do_not_matter(golden_classifier):
+    classifier, expected = golden_classifier
+    fresh = varlik.VARClassifier(classifier.var, classifier.vqvae, classifier.class_names, classifier.preprocessing)
+    wanted = classifier.log_likelihood(classifier.tokenize_pixels(expected["image"]))
+    with torch.inference_mode():
+        first = fresh.log_likelihood(fresh.tokenize_pixels(expected["image"]), [0, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        second = fresh.log_likelihood(fresh.tokenize_pixels(expected["image"]), [2, 3])
+    third = fresh.log_likelihood(fresh.tokenize_pixels(expected["image"]), [4, 5, 6])
+    torch.testing.assert_close(torch.cat((first, second, third), dim=1), wanted, rtol=1e-5, atol=0)

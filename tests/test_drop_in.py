@@ -341,7 +341,7 @@ def test_refused_models(case, data, tmp_path):
         varlik.accelerate({**case.state, "pos_start": torch.zeros(1, 1, 3)})
     with pytest.raises(varlik.CheckpointError, match=r"not finite: head\.bias"):
         varlik.accelerate({**case.state, "head.bias": torch.full_like(case.state["head.bias"], torch.nan)})
-    with pytest.raises(varlik.CheckpointError, match=r"plain floats in memory, not so: head\.bias"):
+    with pytest.raises(varlik.CheckpointError, match=r"head\.bias \(expected plain floats"):
         varlik.accelerate({**case.state, "head.bias": torch.zeros(128, device="meta")})
     with pytest.raises(ValueError, match="training mode"):
         varlik.accelerate(case.module.train())

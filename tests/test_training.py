@@ -10,7 +10,7 @@ import torch
 
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.training.loop import LoopConfig, batch_indices, learning_rate
-from varlik.training.var import feature_maps, train_var
+from varlik.training.var import contrast_var, feature_maps, train_var
 from varlik.training.vqvae import FEATURE_STD, rescale_features, train_vqvae
 
 PATCH_NUMS = (1, 2)
@@ -96,6 +96,41 @@ def test_var_learns_the_class(vqvae, tmp_path):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_contrast_widens_margins_and_keeps_a_likelihood(vqvae, tmp_path):
+    pixels, labels = pictures()
+    labels = labels.clone()
+    labels[:6] = 1 - labels[:6]  # some wrong labels, so that there is something to be mistaken about
+    features = feature_maps(vqvae, pixels)
+    tokens, inputs = vqvae.quantize.tokenize(features)
+    var = train_var(features, labels, vqvae.quantize, VAR, loop(40), tmp_path / "var", quiet=True)
+
+    def margins():
+        with torch.no_grad():
+            rows = [var(var.class_vectors(torch.full_like(labels, y)), inputs).log_softmax(-1) for y in range(2)]
+        scores = torch.stack([row.gather(-1, tokens[..., None]).sum((1, 2)) for row in rows], dim=1)
+        return (scores.gather(1, labels[:, None]) - scores.gather(1, 1 - labels[:, None])).squeeze(1)
+
+    before = margins()
+    same = contrast_var(
+        var, features, labels, vqvae.quantize, loop(40), tmp_path / "contrast", weight=1.0, temperature=1.0, quiet=True
+    )
+    assert same is var
+    assert torch.nn.functional.softplus(-margins()).mean() < torch.nn.functional.softplus(-before).mean()
+    assert "confusion" not in var.state_dict()
+    last = json.loads((tmp_path / "contrast" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == pytest.approx(last["nats_per_token"] + last["contrast"], rel=1e-5)
+    assert last["nats_per_token"] < 1.1 * torch.log(torch.tensor(16.0)).item()
+
+
+def test_stop_leaves_the_schedule_alone(vqvae, tmp_path):
+    pixels, labels = pictures()
+    features = feature_maps(vqvae, pixels)
+    train_var(features, labels, vqvae.quantize, VAR, loop(40, stop=20), tmp_path, quiet=True)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [10, 20]
+    assert records[-1]["lr_share"] == pytest.approx(learning_rate(loop(40), 19))
+
+
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_killed_and_resumed_equals_uninterrupted(vqvae, tmp_path, average, monkeypatch):
     pixels, labels = pictures()
@@ -103,7 +138,7 @@ def test_killed_and_resumed_equals_uninterrupted(vqvae, tmp_path, average, monke
     config = loop(30, average=average)
 
     def run(folder):
-        return train_var(features, labels, vqvae.quantize, VAR, config, folder, noise=0.1, quiet=True).state_dict()
+        return train_var(features, labels, vqvae.quantize, VAR, config, folder, quiet=True).state_dict()
 
     whole = run(tmp_path / "whole")
 

@@ -8,6 +8,7 @@ classifier.classify(["shoe.png"]).names
 from varlik._version import __version__
 from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage
 from varlik.classifier import Prediction, VARClassifier, load
+from varlik.drop_in import accelerate
 from varlik.models.checkpoints import CheckpointError
 from varlik.models.presets import list_models
 from varlik.tokens import TokenMaps
@@ -22,6 +23,7 @@ __all__ = [
     "TokenMaps",
     "VARClassifier",
     "__version__",
+    "accelerate",
     "list_models",
     "load",
 ]

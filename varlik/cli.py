@@ -215,6 +215,64 @@ def flops(
     console.print(table)
 
 
+@app.command()
+def benchmark(
+    model: Model = "fashion-mnist",
+    geometry: Annotated[
+        str | None, typer.Option(help="d16, d20, ...: a public transformer's shape with random weights, no --model.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks of --geometry, to fit a small machine.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many images.")] = 4,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="How many classes. [default: all; 10 with --geometry]")
+    ] = None,
+    scales: Annotated[int | None, typer.Option(min=1, help="Only the likelihood of the first so many scales.")] = None,
+    cascade: Annotated[str | None, typer.Option(help='"avarc+" or stages such as 6:10,10:3,10x3:1.')] = None,
+    naive_classes: Annotated[
+        int | None, typer.Option(min=1, help="Time the naive way on so many classes and scale linearly.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each way is timed; medians are reported.")] = 5,
+    device: Device = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result in this PNG file; needs varlik[plots].")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Time the engine beside the naive ways on this machine, after checking that all scores agree."""
+    from dataclasses import asdict
+
+    from varlik.evaluation import benchmark as benchmarks
+
+    plan = None if cascade is None else str(_cascade(cascade))
+    work = benchmarks.Work(model, geometry, depth, images, classes, scales, plan, naive_classes, device)
+    if plot is not None:
+        benchmarks.check_plot(plot)
+    report = benchmarks.run(work, repeats, memory)
+    if plot is not None:
+        benchmarks.plot(report, plot)
+    if as_json:
+        _print_json(asdict(report))
+        return
+    table = Table("way", title=benchmarks.title_of(work))
+    for heading in ("seconds", "faster", "tokens", "GFLOP", "GFLOP/s", "of peak", "MB"):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        megabytes = "n/a" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
+        speed = (f"{row.seconds:.4g}", f"{row.times_faster:.2f}", f"{row.tokens:.0f}", f"{row.flops / 1e9:.4g}")
+        table.add_row(row.name, *speed, f"{row.gflops:.1f}", f"{100 * row.share:.0f} %", megabytes)
+    console.print(table)
+    where = report.machine
+    lines = [
+        f"seconds: medians of {report.repeats} for all images; tokens, GFLOP: per image; MB: peak beyond the weights",
+        f"largest relative difference from the reference: {max(row.difference for row in report.rows):.1e}",
+        f"peak: {report.peak_gflops:.1f} GFLOP/s, float32 matrix product; "
+        f"class tables, once per model: {report.tables_seconds:.3g} s",
+        f"{where.device}, {where.cpu}, threads: {where.threads}; Python {where.python}, torch {where.torch}, "
+        f"varlik {where.varlik}" + (f", commit {where.commit}" if where.commit else ""),
+    ]
+    for line in (*report.notes, *lines):
+        console.print(escape(line), highlight=False)
+
+
 def _giga(number: int) -> str:
     return f"{number / 1e9:.{1 if number >= 10**11 else 3}f}"
 

@@ -77,7 +77,9 @@ def tokenize(vqvae: VQVAE, pixels: Tensor) -> TokenMaps:
     weight = vqvae.quant_conv.weight
     parts = []
     for batch in pixels.split(ENCODE_BATCH):
-        feature_map = vqvae.encode(batch.to(weight.device, weight.dtype))
+        # Outside of autocast: tokens must not depend on the precision the caller happens to run in.
+        with torch.autocast(weight.device.type, enabled=False):
+            feature_map = vqvae.encode(batch.to(weight.device, weight.dtype))
         tokens, inputs = vqvae.quantize.tokenize(feature_map)
         parts.append(TokenMaps(tokens, inputs, feature_map, image_keys(batch), vqvae.config.patch_nums))
     return TokenMaps.concatenate(parts)

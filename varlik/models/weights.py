@@ -193,17 +193,19 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, model: str) -> None:
-    """Put the tensors, as float32, into a module that was built on the meta device, and set it to eval mode.
+    """Make the tensors the parameters of a module that was built on the meta device, and set it to eval mode.
 
-    Raises `CheckpointError` with the tensors of `path` that are missing, unexpected, not finite or of another shape,
-    where `model` says whose shapes were expected.
+    Float32 tensors are shared, others converted. Raises `CheckpointError` with the tensors of `path` that are missing,
+    unexpected, not finite, on different devices or of another shape, where `model` says whose shapes were expected.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not _DERIVED.fullmatch(name)}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_shapes(tensors, expected, path, model)
-    state = {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    state = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
     if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path}: not finite: {some(bad)}")
+    if len(devices := {str(tensor.device) for tensor in state.values()}) > 1:
+        raise CheckpointError(f"{path}: expected all tensors on one device, got {', '.join(sorted(devices))}")
     module.load_state_dict(state, assign=True)
     module.eval()
 
@@ -218,7 +220,7 @@ def _check_shapes(
         tensor = tensors[name]
         if tuple(tensor.shape) != expected[name]:
             differing.append(f"{name} (expected {expected[name]}, found {tuple(tensor.shape)})")
-        elif not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        elif not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             differing.append(f"{name} (expected plain floats, found {tensor.dtype}, {tensor.layout}, {tensor.device})")
     if not missing and not unexpected and not differing:
         return

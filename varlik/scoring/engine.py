@@ -7,8 +7,11 @@ scored scales stay in pages, so a later stage reads them and starts where the ea
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,20 @@ from varlik.tokens import TokenMaps
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
 CACHE_SHARE = 0.3  # of free memory that pages may take by default
 CPU_CACHE_BYTES = 4 * 2**30
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _undisturbed(method: Method) -> Method:
+    """Run a method outside the caller's inference mode and autocast: pages outlive the call, scores must not differ."""
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        device = self.weights.positions.device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            return method(self, *args, **options)
+
+    return cast(Method, call)
 
 
 @dataclass
@@ -78,6 +95,10 @@ class Engine:
 
     def __init__(self, var: VAR, max_memory: int | None = None):
         """`max_memory` bounds the pages in bytes; rows whose pages find no room are scored without keeping them."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(var, max_memory)
+
+    def _build(self, var: VAR, max_memory: int | None) -> None:
         self.config = var.config
         self.weights = pack(var)
         self.tables = ClassTables(var, self.weights)
@@ -95,7 +116,7 @@ class Engine:
         )
         self._class_pages = torch.empty(0, dtype=torch.int64, device=device)
 
-    @torch.no_grad()
+    @_undisturbed
     def prepare(self, labels: Tensor) -> None:
         """Build the class tables of `labels` (n,) that are missing."""
         added = self.tables.extend(labels)
@@ -107,7 +128,7 @@ class Engine:
             self.cache.values[layer][pages] = self.tables.values[layer][added]
         self._class_pages = torch.cat((self._class_pages, pages))
 
-    @torch.no_grad()
+    @_undisturbed
     def open(self, images: TokenMaps, labels: Tensor, per_token: bool = False, shared_prefix: int = 0) -> Candidates:
         """Rows of every class of `labels` (B, N) for each image, scored at scale 1 (a look-up).
 
@@ -129,7 +150,7 @@ class Engine:
             self._share_null_prefix(rows, images, shared_prefix)
         return rows
 
-    @torch.no_grad()
+    @_undisturbed
     def advance(self, candidates: Candidates, to_scale: int, retain: bool = True) -> Candidates:
         """Score every row up to and including scale `to_scale`, in place.
 
@@ -159,7 +180,7 @@ class Engine:
                 start += len(rows)
         return candidates
 
-    @torch.no_grad()
+    @_undisturbed
     def keep(self, candidates: Candidates, rows: Tensor) -> Candidates:
         """The rows (n,) of `candidates`, which is used up; the pages of all other rows become free."""
         self._check(candidates)
@@ -172,7 +193,7 @@ class Engine:
             engine=self, token_log_prob=per_token, tokens=candidates.tokens, inputs=candidates.inputs, **kept
         )
 
-    @torch.no_grad()
+    @_undisturbed
     def fork(self, candidates: Candidates, images: TokenMaps, sample: int) -> Candidates:
         """`candidates` and, for each of its clean rows, one of sample `sample`, whose token maps are `images` (all B).
 
@@ -202,7 +223,7 @@ class Engine:
             per_token = torch.cat((candidates.token_log_prob, new.token_log_prob))
         return Candidates(engine=self, token_log_prob=per_token, tokens=new.tokens, inputs=new.inputs, **merged)
 
-    @torch.no_grad()
+    @_undisturbed
     def close(self, candidates: Candidates) -> None:
         """Free the pages of all rows."""
         self._check(candidates)

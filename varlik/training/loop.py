@@ -30,6 +30,7 @@ class LoopConfig:
 
     The learning rate rises linearly over `warmup` steps, stays at its peak until `hold` (a share of all steps) and then
     falls to zero along a cosine.
+    `stop` ends the run early, before the rate has fallen, for another stage to go on from (0: run all steps).
     `muon_rate` is the peak rate of Muon on the matrices of transformer blocks (0: AdamW takes them like all others).
     `checkpoint_every` and `log_every` are in steps; `average` is the decay of the weights' moving average (0: none).
     """
@@ -40,6 +41,7 @@ class LoopConfig:
     muon_rate: float = 0.0
     warmup: int = 200
     hold: float = 0.0
+    stop: int = 0
     weight_decay: float = 0.05
     clip: float = 2.0
     average: float = 0.0
@@ -124,8 +126,9 @@ def train(
     )
     started = time.monotonic()
     with Progress(*columns, disable=quiet) as progress, open(folder / "metrics.jsonl", "a") as log:
-        bar = progress.add_task("", total=config.steps, completed=first, note="")
-        for step in range(first, config.steps):
+        end = min(config.stop or config.steps, config.steps)
+        bar = progress.add_task("", total=end, completed=first, note="")
+        for step in range(first, end):
             rate = learning_rate(config, step)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 for group, value in zip(optimizer.param_groups, peak, strict=True):
@@ -143,13 +146,13 @@ def train(
             _update_average(averaged, model, config.average)
             metrics = metrics | (after_step(step) if after_step else {})
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            if done % config.log_every == 0 or done == end:
                 record = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "lr_share": rate, **metrics}
                 record["seconds"] = round(time.monotonic() - started, 1)
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 progress.update(bar, completed=done, note=f"loss {record['loss']:.4f}")
-            if done % config.checkpoint_every == 0 or done == config.steps:
+            if done % config.checkpoint_every == 0 or done == end:
                 _save(folder, model, optimizers, averaged, config, done)
     if averaged:
         model.load_state_dict(averaged)
