@@ -195,6 +195,12 @@ def test_tables_grow_by_classes_asked_for(var, samples, truth):
     rows = engine.advance(engine.open(samples[0], torch.tensor([[1, 4]] * IMAGES)), 2)
     engine.prepare(torch.tensor([0, 1, 2]))
     assert len(engine.tables) == 4
+    spent = engine.tables.seconds
+    engine.prepare(torch.tensor([2, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.tables, "_build", None)  # to build again would fail
+        engine.prepare(torch.tensor([2, 1]))
+    assert engine.tables.seconds - spent < 0.01
     more = engine.advance(engine.open(samples[0], torch.tensor([[2, 0]] * IMAGES)), 4)
     check(more, truth)
     check(engine.advance(rows, 4), truth)

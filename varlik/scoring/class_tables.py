@@ -64,7 +64,7 @@ class ClassTables:
         """Add those of `labels` (n,) that are missing and return the table rows that were added."""
         missing = labels[self._row[labels] < 0].unique()
         before, started = len(self), time.perf_counter()
-        for chunk in missing.split(CHUNK):
+        for chunk in missing.split(CHUNK) if len(missing) else ():  # an empty tensor splits into one empty chunk
             self._build(chunk)
         self.seconds += time.perf_counter() - started
         return torch.arange(before, len(self), device=missing.device)
