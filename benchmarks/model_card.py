@@ -18,13 +18,13 @@ import torch
 import varlik
 from benchmarks import naive_bayes
 from varlik import reference
-from varlik.cascade import AVARC_PLUS, Cascade
+from varlik.cascade import AVARC_PLUS
 from varlik.datasets import LabelledImages, fashion_mnist
 from varlik.evaluation.accuracy import AccuracyReport, evaluate
 from varlik.tokens import TokenMaps
 
 CHECKED = 200
-CASCADES = (AVARC_PLUS, Cascade.parse("4:3,6:1"), Cascade.parse("4:3,6x4:1"))
+CASCADES = (AVARC_PLUS,)
 
 
 def main() -> None:

@@ -61,6 +61,7 @@ VAR_LOOP = LoopConfig(
 )
 CONTRAST_LOOP = LoopConfig(
     steps=2_600,
+    stop=2_250,
     batch_size=16,
     learning_rate=1.5e-3,
     muon_rate=2e-3,
