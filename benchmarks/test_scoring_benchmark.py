@@ -12,7 +12,8 @@ from functools import cache
 
 import pytest
 
-from varlik.evaluation import benchmark as ways
+from varlik.evaluation import ways
+from varlik.evaluation.benchmark import check
 from varlik.flops import count_live
 
 WORK = {
@@ -43,7 +44,7 @@ def test_scoring(benchmark, name, way):
     run(bench)  # the engine builds its class tables once per model
     found: list[ways.Scores] = []
     flops = count_live(lambda: found.append(run(bench)))
-    difference = ways.check(bench, {ways.NAIVE: expected, way: found[0]})[way]
+    difference = check(bench, {ways.NAIVE: expected, way: found[0]})[way]
     benchmark.group = name
     benchmark.pedantic(run, args=(bench,), rounds=5)
     benchmark.extra_info |= {"tokens": found[0].tokens, "flops": flops, "difference": difference}

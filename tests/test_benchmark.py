@@ -10,7 +10,8 @@ import pytest
 
 import varlik
 from varlik.evaluation import benchmark as benchmarks
-from varlik.evaluation.benchmark import BATCHED, ENGINE, NAIVE, VARIANTS, Work
+from varlik.evaluation import ways
+from varlik.evaluation.ways import BATCHED, ENGINE, NAIVE, VARIANTS, Work
 from varlik.flops import class_pass
 
 WORK = Work(images=1, classes=3)
@@ -90,7 +91,7 @@ def test_classes_spared_the_reference_are_checked_too(monkeypatch, no_clock):
     def wrong_in_the_last(bench):
         (labels, found), *_ = VARIANTS[BATCHED](bench).stages
         found[:, -1] *= 1.001
-        return benchmarks.Scores([(labels, found)], 1.0)
+        return ways.Scores([(labels, found)], 1.0)
 
     monkeypatch.setitem(VARIANTS, ENGINE, wrong_in_the_last)
     with pytest.raises(ValueError, match="'engine' differ from the reference"):

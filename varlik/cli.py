@@ -241,18 +241,20 @@ def benchmark(
     from dataclasses import asdict
 
     from varlik.evaluation import benchmark as benchmarks
+    from varlik.evaluation import plot as plots
+    from varlik.evaluation import ways
 
     plan = None if cascade is None else str(_cascade(cascade))
-    work = benchmarks.Work(model, geometry, depth, images, classes, scales, plan, naive_classes, device)
+    work = ways.Work(model, geometry, depth, images, classes, scales, plan, naive_classes, device)
     if plot is not None:
-        benchmarks.check_plot(plot)
+        plots.check_plot(plot)
     report = benchmarks.run(work, repeats, memory)
     if plot is not None:
-        benchmarks.plot(report, plot)
+        plots.plot(report, plot)
     if as_json:
         _print_json(asdict(report))
         return
-    table = Table("way", title=benchmarks.title_of(work))
+    table = Table("way", title=ways.title_of(work))
     for heading in ("seconds", "faster", "tokens", "GFLOP", "GFLOP/s", "of peak", "MB"):
         table.add_column(heading, justify="right")
     for row in report.rows:

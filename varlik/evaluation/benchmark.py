@@ -16,88 +16,26 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import varlik
 from varlik import reference
-from varlik.cascade import Cascade, Stage
-from varlik.classifier import VARClassifier, load
-from varlik.evaluation.samples import samples
-from varlik.flops import check_classes, count_live
-from varlik.models.config import VQVAEConfig
-from varlik.models.presets import default_class_names, default_preprocessing, get_preset
-from varlik.models.var import VAR
-from varlik.models.vqvae import VQVAE
-from varlik.smoothing import Smoothing, perturb
-from varlik.tokens import TokenMaps
+from varlik.evaluation.machine import Machine, machine, physical_memory, status
+from varlik.evaluation.ways import BATCHED, ENGINE, NAIVE, VARIANTS, Bench, Scores, Work, prepare
+from varlik.flops import count_live
 
 TOLERANCE = 1e-5
 PEAK_SIZE = 2048
-GEOMETRY_CLASSES = 10
-NAIVE, BATCHED, ENGINE = "naive, one class at a time", "naive, batched", "engine"
-SMOOTHING = Smoothing()
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is measured: `images` under the first `classes` classes of a model (default: all).
-
-    `geometry` ("d16", "d20", ...) takes the transformer of that preset with random weights in place of `model`, with
-    `depth` blocks (default: the preset's) and 10 classes by default. `scales` scores the first token maps only,
-    `cascade` is a cascade's text. The naive way is timed on the first `naive_classes` and scaled up linearly.
-    """
-
-    model: str = "fashion-mnist"
-    geometry: str | None = None
-    depth: int | None = None
-    images: int = 4
-    classes: int | None = None
-    scales: int | None = None
-    cascade: str | None = None
-    naive_classes: int | None = None
-    device: str | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A `Work` made ready: a classifier, token maps of B images, labels (N,), and of them those of the naive way."""
-
-    classifier: VARClassifier
-    images: TokenMaps
-    labels: Tensor
-    naive_labels: Tensor
-    cascade: Cascade
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is a likelihood of the clean image, with no stage after it."""
-        return len(self.cascade.stages) == self.cascade.max_samples == 1
-
-    @property
-    def stages(self) -> list[tuple[int, int, int]]:
-        """(scales, samples, survivors) of every stage."""
-        scales = self.cascade.scales_of(self.classifier.var.config.num_scales)
-        return [(k, stage.samples, stage.keep) for k, stage in zip(scales, self.cascade.stages, strict=True)]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one way found: (labels (B, n), log-likelihoods (B, n)) for every stage, and tokens evaluated per image."""
-
-    stages: list[tuple[Tensor, Tensor]]
-    tokens: float
 
 
 @dataclass(frozen=True)
@@ -118,19 +56,6 @@ class Row:
     share: float
     peak_bytes: int | None
     difference: float
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it was measured."""
-
-    device: str
-    cpu: str
-    threads: int
-    python: str
-    torch: str
-    varlik: str
-    commit: str | None
 
 
 @dataclass(frozen=True)
@@ -210,34 +135,6 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
     )
 
 
-def prepare(work: Work) -> Bench:
-    """Load or make the model and the images. Raises `ValueError` for work that the model cannot do."""
-    for name in ("images", "depth", "classes", "naive_classes"):
-        value = getattr(work, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {value}")
-    if work.scales is not None and work.cascade is not None:
-        raise ValueError("scales: a cascade says itself which scales it reads; give one of the two")
-    if work.depth is not None and work.geometry is None:
-        raise ValueError("depth: only a geometry can be had with another depth")
-    classifier = load(work.model, device=work.device) if work.geometry is None else _random_classifier(work)
-    config = classifier.var.config
-    default = config.num_classes if work.geometry is None else min(GEOMETRY_CLASSES, config.num_classes)
-    classes = check_classes(config, default if work.classes is None else work.classes)
-    cascade = (
-        Cascade((Stage("100%" if work.scales is None else work.scales, 1),))
-        if work.cascade is None
-        else Cascade.parse(work.cascade)
-    )
-    cascade.scales_of(config.num_scales)
-    naive_classes = classes if work.naive_classes is None else min(classes, work.naive_classes)
-    labels = classifier.labels(range(classes))
-    bench = Bench(classifier, _images(work, classifier), labels, labels[:naive_classes], cascade)
-    if naive_classes < classes and not bench.plain:
-        raise ValueError("naive_classes: the time of a cascade is not linear in its classes; leave it out")
-    return bench
-
-
 def check(bench: Bench, scores: dict[str, Scores]) -> dict[str, float]:
     """Largest relative difference of each way from the reference; `ValueError` for one above 1e-5.
 
@@ -257,122 +154,13 @@ def check(bench: Bench, scores: dict[str, Scores]) -> dict[str, float]:
     return differences
 
 
-def naive(bench: Bench) -> Scores:
-    """Image by image and class by class; a cascade's samples are drawn once for each image, its stages from scratch."""
-    var, labels = bench.classifier.var, bench.naive_labels.tolist()
-    boundaries, stages, by_image = var.config.boundaries, bench.stages, []
-    for i in range(len(bench.images)):
-        image = bench.images[i : i + 1]
-        if bench.plain:
-            scales = stages[0][0]
-            found = reference.log_likelihood(var, image.tokens, image.teacher_forcing_input, labels, scales)[0]
-            by_image.append([(labels, found)])
-            continue
-        quantizer = bench.classifier.vqvae.quantize
-        drawn = [perturb(quantizer, image, sample, SMOOTHING) for sample in range(bench.cascade.max_samples)]
-        pairs = [(sample.tokens, sample.teacher_forcing_input) for sample in drawn]
-        by_image.append(reference.cascade(var, pairs, labels, stages)[1])
-    merged = [
-        (torch.tensor([live for live, _ in stage], device=bench.labels.device), torch.stack([s for _, s in stage]))
-        for stage in zip(*by_image, strict=True)
-    ]
-    tokens = sum(
-        found.shape[1] * count * boundaries[scales]
-        for (found, _), (scales, count, _) in zip(merged, stages, strict=True)
-    )
-    return Scores(merged, float(tokens))
-
-
-@torch.no_grad()
-def batched(bench: Bench) -> Scores:
-    """All classes of an image as rows of one forward pass. For plain likelihoods only."""
-    var, labels, scales = bench.classifier.var, bench.labels, bench.stages[0][0]
-    length, rows = var.config.boundaries[scales], len(bench.labels)
-    found = []
-    for i in range(len(bench.images)):
-        tokens, inputs = bench.images.tokens[i], bench.images.teacher_forcing_input[i]
-        logits = var(var.class_vectors(labels), inputs.expand(rows, -1, -1), scales)
-        targets = tokens[:length, None].expand(rows, -1, -1)
-        found.append(torch.log_softmax(logits, dim=-1).gather(-1, targets).squeeze(-1).sum(-1))
-    return Scores([(labels.expand(len(found), -1), torch.stack(found))], float(rows * length))
-
-
-def engine(bench: Bench) -> Scores:
-    """The classifier as users call it."""
-    prediction = bench.classifier.classify(bench.images, bench.labels, bench.cascade)
-    stages = [(stage.labels, stage.log_likelihood) for stage in prediction.stages]
-    return Scores(stages, prediction.cost.tokens.double().mean().item())
-
-
-VARIANTS: dict[str, Callable[[Bench], Scores]] = {NAIVE: naive, BATCHED: batched, ENGINE: engine}
-"""The ways by name, in the order in which they are checked."""
-
-
-def machine(device: torch.device) -> Machine:
-    """This machine and what is installed on it."""
-    return Machine(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        cpu=_cpu_name(),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        varlik=varlik.__version__,
-        commit=_commit(),
-    )
-
-
-def check_plot(path: Path) -> None:
-    """Whether `plot` can write there. Raises `ValueError` without matplotlib or for another ending than .png."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("plot: needs matplotlib: python -m pip install 'varlik[plots]'") from error
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"plot: expected a .png file, got {path}")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"plot: no such folder: {path.resolve().parent}")
-
-
-def plot(report: Report, path: Path) -> None:
-    """Draw seconds and, where known, peak memory of every way as bars, in a PNG file. Raises as `check_plot`."""
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    names = [row.name for row in report.rows]
-    bars = [("seconds", [row.seconds for row in report.rows], [f"{row.times_faster:.2f} x" for row in report.rows])]
-    known = [row.peak_bytes for row in report.rows if row.peak_bytes is not None]
-    if len(known) == len(names):
-        bars.append(("peak memory beyond the weights, MB", [b / 1e6 for b in known], [f"{b / 1e6:.0f}" for b in known]))
-    figure = Figure(figsize=(5 * len(bars) + 2, 0.6 * len(names) + 1.4), layout="constrained")
-    for axis, (title, values, texts) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars, strict=True):
-        drawn = axis.barh(names, values, color=["#b0b0b0"] * (len(names) - 1) + ["#2a6f97"])
-        axis.bar_label(drawn, texts, padding=3)
-        axis.margins(x=0.15)
-        axis.invert_yaxis()
-        axis.set_xlabel(title)
-        axis.spines[["top", "right"]].set_visible(False)
-        if title != "seconds":
-            axis.set_yticklabels([])
-    figure.suptitle(f"{title_of(report.work)}; {report.machine.cpu}, threads: {report.machine.threads}", fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
-def title_of(work: Work) -> str:
-    """The work in one line."""
-    model = work.model if work.geometry is None else f"{work.geometry} with random weights"
-    depth = f", depth {work.depth}" if work.depth is not None else ""
-    classes = "" if work.classes is None else f", {work.classes} class{'es' * (work.classes > 1)}"
-    what = work.cascade or ("full likelihood" if work.scales is None else f"likelihood of {work.scales} scales")
-    return f"{model}{depth}, {work.images} image{'s' * (work.images > 1)}{classes}, {what}"
-
-
 def _ways(bench: Bench) -> tuple[list[str], list[str]]:
     """Which ways are measured, and notes on those that are not measured in full."""
     ways, notes = list(VARIANTS), []
     classes, spared = len(bench.labels), len(bench.naive_labels) < len(bench.labels)
     if not bench.plain:
         ways.remove(BATCHED)
-    elif (needed := _batched_bytes(bench)) > _physical_memory() / 2:
+    elif (needed := _batched_bytes(bench)) > physical_memory() / 2:
         ways.remove(BATCHED)
         notes.append(f"{BATCHED}: left out, it would need about {needed / 1e9:.0f} GB")
     if spared:
@@ -389,60 +177,6 @@ def _batched_bytes(bench: Bench) -> int:
     config = bench.classifier.var.config
     tokens = len(bench.labels) * config.boundaries[bench.stages[0][0]]
     return 4 * tokens * (2 * config.vocab_size + 10 * config.embed_dim)
-
-
-def _physical_memory() -> float:
-    """Bytes of the machine, infinite where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
-
-
-def _random_classifier(work: Work) -> VARClassifier:
-    """A preset's transformer with random weights. Its VQ-VAE is a stand-in of which only the quantiser is used."""
-    preset = get_preset(f"var-{str(work.geometry).removeprefix('var-')}")
-    config = replace(preset.var, depth=preset.var.depth if work.depth is None else work.depth)
-    small = VQVAEConfig(
-        channels=32,
-        channel_multipliers=(1,) * 5,
-        num_res_blocks=1,
-        codebook_dim=config.codebook_dim,
-        vocab_size=config.vocab_size,
-        patch_nums=config.patch_nums,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vqvae, var = VQVAE(small, decoder=False), VAR(config)
-        # Classes, gates and head of the size they have in a trained model: with those that training starts from, the
-        # blocks and the class would count for so little that a wrong score could pass for right.
-        var.reset_parameters(gate=1.0)
-        with torch.no_grad():
-            var.class_emb.weight.mul_(32)
-            var.head.weight.mul_(50)
-    names = default_class_names(config.num_classes)
-    classifier = VARClassifier(var, vqvae, names, default_preprocessing(small), name=f"{preset.name}, random")
-    return classifier.to(work.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-@torch.no_grad()
-def _images(work: Work, classifier: VARClassifier) -> TokenMaps:
-    """Sample pictures of a bundled model, over and over if need be; noise for other models."""
-    vqvae = classifier.vqvae
-    generator = torch.Generator().manual_seed(1)
-    if work.geometry is not None:
-        side = vqvae.config.patch_nums[-1]
-        feature_map = torch.randn(work.images, vqvae.config.codebook_dim, side, side, generator=generator)
-        feature_map = feature_map.to(classifier.device)
-        tokens, inputs = vqvae.quantize.tokenize(feature_map)
-        return TokenMaps(tokens, inputs, feature_map, tuple(range(work.images)), vqvae.config.patch_nums)
-    try:
-        paths = samples(work.model).paths
-    except ValueError:
-        side, channels = vqvae.config.resolution, vqvae.config.in_channels
-        pixels = torch.rand(work.images, channels, side, side, generator=generator)
-        return classifier.tokenize_pixels(2 * pixels - 1)
-    return classifier.tokenize([paths[i % len(paths)] for i in range(work.images)])
 
 
 def _difference(bench: Bench, found: Scores, expected: Scores) -> float:
@@ -513,35 +247,8 @@ def print_peak(name: str, work: str, threads: str) -> None:
     try:
         # ru_maxrss would not do: it includes what the parent held before exec, and the peak of loading.
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
         VARIANTS[name](bench)
-        print(json.dumps(max(0, _status("VmHWM") - before)))
+        print(json.dumps(max(0, status("VmHWM") - before)))
     except OSError:
         print(json.dumps(None))
-
-
-def _status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that this file is tracked in, "-dirty" if changed; None for an installed copy."""
-    git = ["git", "-C", str(Path(varlik.__file__).parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)
-        described = [*git, "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
-        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
