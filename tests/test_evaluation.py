@@ -9,7 +9,7 @@ import varlik
 from varlik import reference
 from varlik.cascade import Cascade
 from varlik.datasets import FASHION_MNIST_FOLDER, fashion_mnist
-from varlik.evaluation.accuracy import calibration_error, evaluate, partial_log_likelihoods
+from varlik.evaluation.accuracy import calibration_error, evaluate, evaluate_cascade, partial_log_likelihoods
 from varlik.evaluation.samples import samples
 
 
@@ -19,16 +19,18 @@ def test_report_counts_what_the_classifier_says(golden_classifier):
     full = classifier.log_likelihood(images)
     labels = torch.stack([full[0].argmax(), full[1].argmin()])
     cascade = Cascade.parse("2:3,4:1")
-    report = evaluate(classifier, images, labels, (cascade,))
+    report = evaluate(classifier, images, labels)
+    assert torch.equal(report.predictions, full.argmax(1))
     assert report.images == 2
     assert report.by_scales[-1] == 0.5
     for scales in range(1, 5):
         hits = classifier.log_likelihood(images, scales=scales).argmax(1) == labels
         assert report.by_scales[scales - 1] == hits.double().mean().item()
     answer = classifier.classify(images, cascade=cascade).classes
-    assert report.cascades[0].accuracy == (answer == labels).double().mean().item()
-    assert report.cascades[0].agreement == (answer == full.argmax(1)).double().mean().item()
-    assert report.cascades[0].tokens == 7 * 4 + 3 * 25
+    row = evaluate_cascade(classifier, images, labels, report.predictions, cascade)
+    assert row.accuracy == (answer == labels).double().mean().item()
+    assert row.agreement == (answer == full.argmax(1)).double().mean().item()
+    assert row.tokens == 7 * 4 + 3 * 25
     truth = full[torch.arange(2), labels]
     assert report.nats_per_token == pytest.approx(-truth.mean().item() / 30, rel=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,56 +28,42 @@ class CascadeAccuracy:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """Top-1 accuracy over `images` images: by number of scales (the last is full likelihood) and by cascade.
+    """Top-1 accuracy over `images` images by number of scales; the last is full likelihood.
 
-    `nats_per_token` is the mean negative log-likelihood of the true class, `calibration_error` the expected calibration
-    error of the posterior in 15 bins.
+    `predictions` (B,) are those of full likelihood, `nats_per_token` is the mean negative log-likelihood of the true
+    class, `calibration_error` the expected calibration error of the full posterior in 15 bins.
     """
 
     images: int
     by_scales: tuple[float, ...]
+    predictions: Tensor
     nats_per_token: float
     calibration_error: float
-    cascades: tuple[CascadeAccuracy, ...]
 
 
-def evaluate(
-    classifier: VARClassifier, images: TokenMaps, labels: Tensor, cascades: tuple[Cascade, ...] = (), sigma: float = 0.1
-) -> AccuracyReport:
-    """Score `images` under every class and under each of `cascades`; `labels` (B,) are the true classes."""
+def evaluate(classifier: VARClassifier, images: TokenMaps, labels: Tensor) -> AccuracyReport:
+    """Score `images` under every class; `labels` (B,) are the true classes."""
     config = classifier.var.config
-    batches = range(0, len(images), BATCH)
-    partial = torch.cat(
-        [
-            partial_log_likelihoods(classifier, images[i : i + BATCH])
-            for i in track(batches, "full likelihood", transient=True)
-        ]
-    )
+    partial = torch.cat([partial_log_likelihoods(classifier, batch) for batch in _batches(images, "full likelihood")])
     predictions = partial.argmax(1)  # (B, K)
-    full = predictions[:, -1]
-    results = []
-    for cascade in cascades:
-        answers = [
-            classifier.classify(images[i : i + BATCH], cascade=cascade, sigma=sigma)
-            for i in track(batches, str(cascade), transient=True)
-        ]
-        classes = torch.cat([answer.classes for answer in answers])
-        results.append(
-            CascadeAccuracy(
-                cascade,
-                _share(classes == labels),
-                _share(classes == full),
-                _mean([answer.cost.tokens for answer in answers]),
-            )
-        )
     truth = partial[torch.arange(len(labels)), labels, -1]
     return AccuracyReport(
         images=len(labels),
         by_scales=tuple(_share(predictions[:, k] == labels) for k in range(config.num_scales)),
+        predictions=predictions[:, -1],
         nats_per_token=-truth.mean().item() / config.num_tokens,
         calibration_error=calibration_error(partial[:, :, -1].softmax(1), labels),
-        cascades=tuple(results),
     )
+
+
+def evaluate_cascade(
+    classifier: VARClassifier, images: TokenMaps, labels: Tensor, full: Tensor, cascade: Cascade, sigma: float = 0.1
+) -> CascadeAccuracy:
+    """Classify `images` by a cascade; `labels` (B,) are the true classes, `full` (B,) those of full likelihood."""
+    answers = [classifier.classify(batch, cascade=cascade, sigma=sigma) for batch in _batches(images, str(cascade))]
+    classes = torch.cat([answer.classes for answer in answers])
+    tokens = torch.cat([answer.cost.tokens for answer in answers]).double().mean().item()
+    return CascadeAccuracy(cascade, _share(classes == labels), _share(classes == full), tokens)
 
 
 def partial_log_likelihoods(classifier: VARClassifier, images: TokenMaps) -> Tensor:
@@ -95,8 +82,9 @@ def calibration_error(posterior: Tensor, labels: Tensor, bins: int = 15) -> floa
     return gaps.abs().sum().item() / len(labels)
 
 
-def _mean(parts: list[Tensor]) -> float:
-    return torch.cat(parts).double().mean().item()
+def _batches(images: TokenMaps, what: str) -> Iterator[TokenMaps]:
+    for first in track(range(0, len(images), BATCH), what, transient=True):
+        yield images[first : first + BATCH]
 
 
 def _share(hits: Tensor) -> float:
