@@ -21,6 +21,7 @@ from varlik import reference
 from varlik.cascade import AVARC_PLUS
 from varlik.datasets import LabelledImages, fashion_mnist
 from varlik.evaluation.accuracy import evaluate, evaluate_cascade
+from varlik.images import load_many
 from varlik.tokens import TokenMaps
 
 CHECKED = 200
@@ -58,6 +59,7 @@ def main() -> None:
         share = f"{100 * row.accuracy:.2f} % | {100 * row.agreement:.2f} %"
         print(f"| cascade `{cascade}` | {row.tokens:.0f} | {share} |", flush=True)
     print()
+    print(describe_tokens(classifier, images, data))
     print(
         f"{report.images} {options.split} images; {report.nats_per_token:.3f} nats per token of the true class; "
         f"calibration error of the full posterior {report.calibration_error:.3f}; "
@@ -70,6 +72,22 @@ def main() -> None:
 def tokenize(classifier: varlik.VARClassifier, data: LabelledImages) -> TokenMaps:
     parts = [classifier.tokenize(data.images[i : i + 500, ..., None]) for i in range(0, len(data), 500)]
     return TokenMaps.concatenate(parts)
+
+
+def describe_tokens(classifier: varlik.VARClassifier, images: TokenMaps, data: LabelledImages) -> str:
+    """Code use, and the error of reconstructions from all token maps on pixels in [-1, 1]."""
+    use = torch.bincount(images.tokens.flatten(), minlength=classifier.var.config.vocab_size).double()
+    share = use / use.sum()
+    perplexity = torch.exp(-torch.special.xlogy(share, share).sum()).item()
+    errors = []
+    for i in range(0, len(images), 500):
+        pixels = load_many(data.images[i : i + 500, ..., None], classifier.preprocessing)
+        decoded = classifier.reconstruct(images[i : i + 500]).mul(2).sub(1).cpu()
+        errors.append((decoded - pixels).square().mean((1, 2, 3)))
+    return (
+        f"tokens: {int((use > 0).sum())} of {len(use)} codes in use, perplexity {perplexity:.1f}; "
+        f"mean squared error of reconstructions {torch.cat(errors).mean():.4f}"
+    )
 
 
 def check_against_reference(classifier: varlik.VARClassifier, images: TokenMaps) -> float:

@@ -220,3 +220,29 @@ def test_callers_modes_do_not_matter(golden_classifier):
         second = fresh.log_likelihood(fresh.tokenize_pixels(expected["image"]), [2, 3])
     third = fresh.log_likelihood(fresh.tokenize_pixels(expected["image"]), [4, 5, 6])
     torch.testing.assert_close(torch.cat((first, second, third), dim=1), wanted, rtol=1e-5, atol=0)
+
+
+def test_cascade_whose_samples_go_down_and_up_again(classifier, images):
+    seed, sigma = 2, 0.2
+    prediction = classifier.classify(images, cascade="2x3:5,3:4,4x2:1", seed=seed, sigma=sigma)
+    samples = [perturb(classifier.vqvae.quantize, images, s, Smoothing(sigma, seed)) for s in range(3)]
+    for i in range(len(images)):
+        rows = [(maps.tokens[i : i + 1], maps.teacher_forcing_input[i : i + 1]) for maps in samples]
+        _, record = reference.cascade(classifier.var, rows, list(range(7)), [(2, 3, 5), (3, 1, 4), (4, 2, 1)])
+        for stage, (labels, scores) in zip(prediction.stages, record, strict=True):
+            assert stage.labels[i].tolist() == labels
+            torch.testing.assert_close(stage.log_likelihood[i], scores, rtol=1e-5, atol=0)
+
+
+def test_pages_come_back_even_after_an_interruption(classifier, images, monkeypatch):
+    classifier.classify(images, cascade="2:5,4:1")
+    held = classifier.engine.cache.pages_held
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("varlik.cascade.survivors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            classifier.classify(images, cascade="2:5,4:1")
+    assert classifier.engine.cache.pages_held == held

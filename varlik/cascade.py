@@ -157,24 +157,37 @@ class SampleScores:
         self._candidates = engine.open(images, labels)
         self._samples = 1
 
+    def __enter__(self) -> SampleScores:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the pages back, whatever happened."""
+        self._engine.close(self._candidates)
+
     def __call__(self, labels: Tensor, scales: int, samples: range, retain: bool) -> Tensor:
         """(B, n, S) log-likelihoods of `labels` (B, n) under each of `samples` (numbers from 0, the clean image).
 
-        With `retain`, keys and values are kept for a later call; clean rows go when `samples` leaves out 0.
+        With `retain`, keys and values are kept for a later call. Rows of other samples are dropped.
         """
-        engine, rows = self._engine, self._candidates
-        live = torch.zeros(len(self._images), engine.config.num_classes + 1, dtype=torch.bool, device=labels.device)
+        engine, device = self._engine, labels.device
+        live = torch.zeros(len(self._images), engine.config.num_classes + 1, dtype=torch.bool, device=device)
         live.scatter_(1, labels, True)
-        rows = engine.keep(rows, live[rows.image, rows.label].nonzero().flatten())
+        rows = self._candidates
+        self._keep(live[rows.image, rows.label])
         for sample in range(self._samples, samples.stop):
-            rows = engine.fork(rows, perturb(self._quantizer, self._images, sample, self._how), sample)
-        self._samples = max(self._samples, samples.stop)
-        if 0 not in samples:
-            rows = engine.keep(rows, (rows.sample > 0).nonzero().flatten())
-        self._candidates = engine.advance(rows, scales, retain)
-        found = torch.full((*live.shape, self._samples), torch.nan, device=labels.device)
+            perturbed = perturb(self._quantizer, self._images, sample, self._how)
+            self._candidates = engine.fork(self._candidates, perturbed, sample)
+        self._samples = samples.stop
+        rows = self._candidates
+        self._keep((rows.sample >= samples.start) & (rows.sample < samples.stop))
+        rows = engine.advance(self._candidates, scales, retain)
+        found = torch.full((*live.shape, samples.stop), torch.nan, device=device)
         found[rows.image, rows.label, rows.sample] = rows.total(scales)
-        return found.gather(1, labels.unsqueeze(-1).expand(-1, -1, self._samples))[..., samples.start : samples.stop]
+        return found.gather(1, labels.unsqueeze(-1).expand(-1, -1, samples.stop))[..., samples.start :]
+
+    def _keep(self, wanted: Tensor) -> None:
+        if not wanted.all():
+            self._candidates = self._engine.keep(self._candidates, wanted.nonzero().flatten())
 
     def spent(self) -> Tensor:
         """Tokens (B,) that went through the transformer since this was last asked."""
@@ -183,10 +196,6 @@ class SampleScores:
         total.index_add_(0, rows.image, rows.evaluated)
         rows.evaluated.zero_()
         return total
-
-    def close(self) -> None:
-        """Give the pages back."""
-        self._engine.close(self._candidates)
 
 
 def survivors(labels: Tensor, scores: Tensor, keep: int) -> Tensor:
@@ -210,15 +219,13 @@ def run(
     """
     results = []
     alive = labels.expand(len(images), -1)
-    scores = SampleScores(engine, quantizer, images, alive, how)
-    for number, (stage, scales) in enumerate(
-        zip(cascade.stages, cascade.scales_of(engine.config.num_scales), strict=True)
-    ):
-        started = time.perf_counter()
-        last = number + 1 == len(cascade.stages)
-        by_sample = scores(alive, scales, range(stage.samples), retain=not last)
-        log_likelihood = how.combine(by_sample)
-        results.append(StageResult(stage, scales, alive, log_likelihood, scores.spent(), time.perf_counter() - started))
-        alive = survivors(alive, log_likelihood + log_prior[alive], stage.keep)
-    scores.close()
+    plan = zip(cascade.stages, cascade.scales_of(engine.config.num_scales), strict=True)
+    with SampleScores(engine, quantizer, images, alive, how) as scores:
+        for number, (stage, scales) in enumerate(plan, start=1):
+            started = time.perf_counter()
+            by_sample = scores(alive, scales, range(stage.samples), retain=number < len(cascade.stages))
+            log_likelihood = how.combine(by_sample)
+            seconds = time.perf_counter() - started
+            results.append(StageResult(stage, scales, alive, log_likelihood, scores.spent(), seconds))
+            alive = survivors(alive, log_likelihood + log_prior[alive], stage.keep)
     return tuple(results)

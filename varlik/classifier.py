@@ -338,9 +338,8 @@ class VARClassifier:
         parts = []
         for batch in self._batches(images, len(labels), len(samples), scales):
             rows = labels.expand(len(batch), -1)
-            scores = SampleScores(self.engine, self.vqvae.quantize, batch, rows, how)
-            parts.append(scores(rows, scales, samples, retain=False))
-            scores.close()
+            with SampleScores(self.engine, self.vqvae.quantize, batch, rows, how) as scores:
+                parts.append(scores(rows, scales, samples, retain=False))
         return torch.cat(parts)
 
     def _prediction(self, labels: Tensor, log_prior: Tensor, stages: tuple[StageResult, ...], cost: Cost) -> Prediction:
