@@ -182,7 +182,10 @@ def test_pages_are_reused(var, samples):
 
 
 def test_memory_is_bounded_and_rows_still_scored(var, samples, truth):
-    engine = ready(var, max_memory=0)
+    engine = Engine(var, max_memory=0)
+    engine.prepare(torch.arange(3))
+    engine.advance(engine.open(samples[0], all_classes()[:, :3]), 4)
+    engine.prepare(torch.arange(CLASSES))  # tables find room whatever chunks have used
     rows = engine.advance(engine.open(samples[0], all_classes()), 3)
     assert rows.cached.unique().tolist() == [1]
     rows = engine.advance(rows, 4)
@@ -220,6 +223,8 @@ def test_refusals(var, samples):
         engine.open(samples[0], torch.arange(CLASSES))
     with pytest.raises(ValueError, match="new sample"):
         engine.fork(rows, samples[1], 0)
+    with pytest.raises(ValueError, match="images"):
+        engine.fork(rows, samples[1][:2], 1)
     with pytest.raises(ValueError, match="per_token"):
         rows.per_token()
     learning = replace(samples[0], teacher_forcing_input=samples[0].teacher_forcing_input.clone().requires_grad_())
@@ -236,12 +241,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = PagedCache(1, 1, 2, self.sizes, max_slots=60)
         self.model: dict[int, list[int]] = {}
 
-    @rule(scale=st.integers(0, 2), count=st.integers(1, 4), temporary=st.booleans())
-    def allocate(self, scale, count, temporary):
+    @rule(scale=st.integers(0, 2), count=st.integers(1, 4), beyond=st.booleans())
+    def allocate(self, scale, count, beyond):
         try:
-            pages = self.cache.allocate(scale, count, temporary).tolist()
+            pages = self.cache.allocate(scale, count, beyond).tolist()
         except MemoryError:
-            assert not temporary
+            assert not beyond
             return
         assert len(set(pages)) == count
         for page in pages:
@@ -331,5 +336,8 @@ def shared_prefix_by_hand(var, images, prefix):
 def test_shared_prefix_refusals(var, samples):
     with pytest.raises(ValueError, match="shared_prefix"):
         ready(var).open(samples[0], all_classes(), shared_prefix=4)
+    engine = ready(var)
+    with pytest.raises(ValueError, match="cannot be forked"):
+        engine.fork(engine.open(samples[0], all_classes(), shared_prefix=2), samples[1], 1)
     with pytest.raises(MemoryError, match="shared_prefix"):
         ready(var, max_memory=0).open(samples[0], all_classes(), shared_prefix=2)

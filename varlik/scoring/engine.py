@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -54,6 +54,7 @@ class Candidates:
     - `scored` (R,): scales scored; `cached` (R,): scales whose keys and values are in `pages` (R, K).
     - `tokens` (M, L), `inputs` (M, L - 1, Cvae): token maps and teacher-forcing input of M (image, sample) pairs.
     - `evaluated` (R,): tokens that went through the transformer for the row.
+    - `shared_prefix`: scales whose pages are the null class's, see `Engine.open`.
     """
 
     engine: Engine = field(repr=False)
@@ -69,6 +70,7 @@ class Candidates:
     evaluated: Tensor
     tokens: Tensor
     inputs: Tensor
+    shared_prefix: int = 0
 
     def __len__(self) -> int:
         return len(self.label)
@@ -122,7 +124,7 @@ class Engine:
         added = self.tables.extend(labels)
         if not len(added):
             return
-        pages = self.cache.allocate(0, len(added))
+        pages = self.cache.allocate(0, len(added), beyond_limit=True)
         for layer in range(self.config.depth):
             self.cache.keys[layer][pages] = self.tables.keys[layer][added]
             self.cache.values[layer][pages] = self.tables.values[layer][added]
@@ -189,18 +191,21 @@ class Engine:
         self.cache.release(candidates.pages[dropped, 1:])
         kept = {name: getattr(candidates, name)[rows] for name in _PER_ROW}
         per_token = None if candidates.token_log_prob is None else candidates.token_log_prob[rows]
-        return Candidates(
-            engine=self, token_log_prob=per_token, tokens=candidates.tokens, inputs=candidates.inputs, **kept
-        )
+        return replace(candidates, token_log_prob=per_token, **kept)
 
     @_undisturbed
     def fork(self, candidates: Candidates, images: TokenMaps, sample: int) -> Candidates:
         """`candidates` and, for each of its clean rows, one of sample `sample`, whose token maps are `images` (all B).
 
         Scores and pages are shared up to the last scale in which all tokens so far equal the clean ones.
-        Raises `ValueError` for sample 0, or one that is there already.
+        Raises `ValueError` for sample 0 or one that is there already, for another number of images, and for rows with a
+        shared prefix, whose pages are no sample's own.
         """
         self._check(candidates)
+        if candidates.shared_prefix:
+            raise ValueError("candidates: rows with a shared prefix cannot be forked")
+        if len(candidates) and len(images) <= int(candidates.image.max()):
+            raise ValueError(f"images: expected all {int(candidates.image.max()) + 1} or more, got {len(images)}")
         if sample < 1 or (candidates.sample == sample).any():
             raise ValueError(f"sample: expected a new sample from 1 on, got {sample}")
         clean = (candidates.sample == 0).nonzero().flatten()
@@ -221,7 +226,7 @@ class Engine:
         per_token = None
         if candidates.token_log_prob is not None and new.token_log_prob is not None:
             per_token = torch.cat((candidates.token_log_prob, new.token_log_prob))
-        return Candidates(engine=self, token_log_prob=per_token, tokens=new.tokens, inputs=new.inputs, **merged)
+        return replace(new, token_log_prob=per_token, **merged)
 
     @_undisturbed
     def close(self, candidates: Candidates) -> None:
@@ -278,7 +283,7 @@ class Engine:
         retain = retain and self.cache.room(scales) >= len(rows)
         pages = candidates.pages[rows, :to_scale]
         for k in scales:
-            pages[:, k] = self.cache.allocate(k, len(rows), temporary=not retain)
+            pages[:, k] = self.cache.allocate(k, len(rows), beyond_limit=not retain)
         try:
             log_prob = self._forward(candidates, rows, pages, cached, to_scale)
         except BaseException:
@@ -365,6 +370,7 @@ class Engine:
         rows.log_likelihood[:, :prefix] = 0
         if rows.token_log_prob is not None:
             rows.token_log_prob[:, : self.config.boundaries[prefix]] = 0
+        rows.shared_prefix = prefix
         rows.scored.fill_(prefix)
         rows.cached.fill_(prefix)
         first_of_image = torch.arange(0, len(rows), len(rows) // len(images), device=rows.label.device)

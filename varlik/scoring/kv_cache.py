@@ -57,17 +57,18 @@ class PagedCache:
         fresh = max(0, self.max_slots - self._used_slots) // sum(self.page_sizes[k] for k in scales)
         return fresh + min(len(self._free[k]) for k in scales)
 
-    def allocate(self, scale: int, count: int, temporary: bool = False) -> Tensor:
+    def allocate(self, scale: int, count: int, beyond_limit: bool = False) -> Tensor:
         """First slots (count,) of `count` pages of one scale, each held once.
 
-        Raises `MemoryError` when they would pass `max_slots`; `temporary` ones, needed for one chunk, may.
+        Raises `MemoryError` when they would pass `max_slots`, unless they may go `beyond_limit`: pages of classes, and
+        those of the chunk at work.
         """
         free = self._free[scale]
         reused = [free.pop() for _ in range(min(count, len(free)))]
         size = self.page_sizes[scale]
         first = self._used_slots
         needed = first + (count - len(reused)) * size
-        if needed > max(first, self.max_slots) and not temporary:
+        if needed > max(first, self.max_slots) and not beyond_limit:
             free.extend(reused)
             raise MemoryError(f"{count} pages of scale {scale + 1} need {needed} slots of {self.max_slots}")
         self._grow(needed)
