@@ -189,7 +189,7 @@ class Engine:
         dropped = torch.ones(len(candidates), dtype=torch.bool, device=rows.device)
         dropped[rows] = False
         self.cache.release(candidates.pages[dropped, 1:])
-        kept = {name: getattr(candidates, name)[rows] for name in _PER_ROW}
+        kept: dict[str, Any] = {name: getattr(candidates, name)[rows] for name in _PER_ROW}
         per_token = None if candidates.token_log_prob is None else candidates.token_log_prob[rows]
         return replace(candidates, token_log_prob=per_token, **kept)
 
@@ -222,7 +222,7 @@ class Engine:
         agreeing = self._agreeing_scales(candidates.tokens[candidates.source[clean]], new.tokens[new.source])
         shared = torch.minimum(agreeing, candidates.cached[clean]).clamp(min=1)
         self._share_prefix(candidates, clean, new, shared)
-        merged = {name: torch.cat((getattr(candidates, name), getattr(new, name))) for name in _PER_ROW}
+        merged: dict[str, Any] = {name: torch.cat((getattr(candidates, name), getattr(new, name))) for name in _PER_ROW}
         per_token = None
         if candidates.token_log_prob is not None and new.token_log_prob is not None:
             per_token = torch.cat((candidates.token_log_prob, new.token_log_prob))
