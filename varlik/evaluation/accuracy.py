@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -83,7 +84,8 @@ def calibration_error(posterior: Tensor, labels: Tensor, bins: int = 15) -> floa
 
 
 def _batches(images: TokenMaps, what: str) -> Iterator[TokenMaps]:
-    for first in track(range(0, len(images), BATCH), what, transient=True):
+    console = Console(stderr=True)
+    for first in track(range(0, len(images), BATCH), what, transient=True, console=console):
         yield images[first : first + BATCH]
 
 
