@@ -133,7 +133,7 @@ class StageResult:
 
     `labels` (B, n) int64 and their `log_likelihood` (B, n), put together over samples and summed over the first
     `scales` token maps; `tokens` (B,) that this stage sent through the transformer for each image; `seconds` for the
-    whole batch.
+    whole batch. A stage that drops nobody sends what the next one scores along with its own.
     """
 
     stage: Stage
@@ -164,10 +164,13 @@ class SampleScores:
         """Give the pages back, whatever happened."""
         self._engine.close(self._candidates)
 
-    def __call__(self, labels: Tensor, scales: int, samples: range, retain: bool) -> Tensor:
+    def __call__(
+        self, labels: Tensor, scales: int, samples: range, retain: bool, ahead: int | None = None
+    ) -> Tensor:
         """(B, n, S) log-likelihoods of `labels` (B, n) under each of `samples` (numbers from 0, the clean image).
 
-        With `retain`, keys and values are kept for a later call. Rows of other samples are dropped.
+        With `retain`, keys and values are kept for a later call; with `ahead`, all rows are scored up to that scale in
+        the same pass. Rows of other samples are dropped.
         """
         engine, device = self._engine, labels.device
         live = torch.zeros(len(self._images), engine.config.num_classes + 1, dtype=torch.bool, device=device)
@@ -180,7 +183,7 @@ class SampleScores:
         self._samples = samples.stop
         rows = self._candidates
         self._keep((rows.sample >= samples.start) & (rows.sample < samples.stop))
-        rows = engine.advance(self._candidates, scales, retain)
+        rows = engine.advance(self._candidates, scales if ahead is None else ahead, retain)
         found = torch.full((*live.shape, samples.stop), torch.nan, device=device)
         found[rows.image, rows.label, rows.sample] = rows.total(scales)
         return found.gather(1, labels.unsqueeze(-1).expand(-1, -1, samples.stop))[..., samples.start :]
@@ -219,11 +222,14 @@ def run(
     """
     results = []
     alive = labels.expand(len(images), -1)
-    plan = zip(cascade.stages, cascade.scales_of(engine.config.num_scales), strict=True)
+    depths = cascade.scales_of(engine.config.num_scales)
+    last = len(cascade.stages) - 1
     with SampleScores(engine, quantizer, images, alive, how) as scores:
-        for number, (stage, scales) in enumerate(plan, start=1):
+        for i, (stage, scales) in enumerate(zip(cascade.stages, depths, strict=True)):
             started = time.perf_counter()
-            by_sample = scores(alive, scales, range(stage.samples), retain=number < len(cascade.stages))
+            # Whoever surely goes on is scored in one pass with what comes next.
+            goes_on = i < last and stage.keep >= alive.shape[1] and stage.samples == cascade.stages[i + 1].samples
+            by_sample = scores(alive, scales, range(stage.samples), i < last, depths[i + 1] if goes_on else None)
             log_likelihood = how.combine(by_sample)
             seconds = time.perf_counter() - started
             results.append(StageResult(stage, scales, alive, log_likelihood, scores.spent(), seconds))

@@ -4,6 +4,7 @@ They are for inference: inputs that require grad are refused while grad mode is 
 """
 
 from varlik.ops.ada_layer_norm import ada_layer_norm, residual_ada_layer_norm
+from varlik.ops.linear import linear
 from varlik.ops.nearest_code import nearest_code
 from varlik.ops.qk_norm import qk_norm
 from varlik.ops.scale_causal_attention import scale_causal_attention
@@ -11,6 +12,7 @@ from varlik.ops.token_log_prob import token_log_prob
 
 __all__ = [
     "ada_layer_norm",
+    "linear",
     "nearest_code",
     "qk_norm",
     "residual_ada_layer_norm",

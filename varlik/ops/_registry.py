@@ -7,11 +7,12 @@ FLOP counter see the same op whichever path runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 IMPLS = ("auto", "torch", "triton")
@@ -20,7 +21,7 @@ INT64 = (torch.int64,)
 
 # Largest intermediate of a tiled op. On CPU a tile stays in the caches between passes, and is yet large enough for the
 # matrix product that makes it; elsewhere it fills the device.
-CPU_TILE_BYTES = 4 << 20
+CPU_TILE_BYTES = 8 << 20
 DEVICE_TILE_BYTES = 64 << 20
 
 _PATHS: dict[str, dict[str, Callable[..., Any]]] = {}
@@ -42,17 +43,32 @@ def register(
     """
     _PATHS[name] = {"torch": torch_path} | ({"triton": triton_path} if triton_path else {})
 
-    def run(*args: Any) -> Any:
-        *inputs, impl = args
-        # The types of the inputs decide, not an autocast region around the call: it would halve a norm's precision.
-        device = inputs[0].device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return _PATHS[name][impl](*inputs)
-
     torch.library.define(f"varlik::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"varlik::{name}", "default", run)
+    torch.library.impl(f"varlik::{name}", "default", partial(_run, name))
     torch.library.register_fake(f"varlik::{name}", lambda *args: fake(*args[:-1]))
     register_flop_formula(getattr(torch.ops.varlik, name))(lambda *args, **kwargs: flops(*args[:-1]))
+
+
+def call(name: str, *args: Any) -> Any:
+    """`varlik::<name>` of its inputs and the chosen implementation.
+
+    Through torch's dispatcher where somebody listens there (torch.compile, a FLOP counter, fake or other special
+    tensors); directly otherwise, for the dispatcher's way into Python and back takes as long as a small op.
+    """
+    plain = all(type(arg) is Tensor for arg in args if isinstance(arg, Tensor))
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain:
+        return getattr(torch.ops.varlik, name)(*args)
+    return _run(name, *args)
+
+
+def _run(name: str, *args: Any) -> Any:
+    *inputs, impl = args
+    # The types of the inputs decide, not an autocast region around the call: it would halve a norm's precision.
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _PATHS[name][impl](*inputs)
+    return _PATHS[name][impl](*inputs)
 
 
 def no_flops(*args: Any) -> int:
@@ -75,57 +91,68 @@ def choose_impl(name: str, impl: str) -> str:
 
 
 class Argument(NamedTuple):
-    """A tensor argument and what is expected of it.
+    """What is expected of a tensor argument.
 
-    `shape` holds a number where the size is known and a letter where it is not; equal letters mean equal sizes.
-    `dtypes` are those allowed, or the name of an earlier argument whose dtype it must have.
+    `shape` names its sizes, such as "R T C"; equal letters mean equal sizes. `dtypes` are those allowed, or the name of
+    an earlier argument whose dtype it must have. An `optional` one may be None.
     """
 
-    name: str
-    tensor: Tensor
-    shape: tuple[str | int, ...]
+    shape: str
     dtypes: tuple[torch.dtype, ...] | str = FLOATS
+    optional: bool = False
 
 
-def check(*arguments: Argument) -> dict[str, int]:
-    """The size that each letter stands for.
+class Signature:
+    """The tensor arguments of an op, by name and in order."""
 
-    Raises `TypeError` for what is no tensor or has another dtype, `ValueError` for another shape, for tensors on
-    several devices, and for tensors that require grad while grad mode is on.
-    """
-    sizes: dict[str, int] = {}
-    seen: dict[str, torch.dtype] = {}
-    for name, tensor, shape, dtypes in arguments:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        allowed = (seen[dtypes],) if isinstance(dtypes, str) else dtypes
-        seen[name] = tensor.dtype
-        if tensor.dtype not in allowed:
-            expected = " or ".join(str(dtype) for dtype in allowed) + (
-                f", as {dtypes} has," if isinstance(dtypes, str) else ","
-            )
-            raise TypeError(f"{name}: expected {expected} got {tensor.dtype}")
-        if tensor.dim() != len(shape):
-            raise _wrong_shape(name, tensor, shape, sizes)
-        for size, letter in zip(tensor.shape, shape, strict=True):
-            if size != (sizes.setdefault(letter, size) if isinstance(letter, str) else letter):
-                raise _wrong_shape(name, tensor, shape, sizes)
-        if tensor.device != arguments[0].tensor.device:
-            raise ValueError(f"{name}: expected on {arguments[0].tensor.device}, got {tensor.device}")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: requires grad, and gradients would be lost here; use torch.no_grad(), or varlik.models "
-                "for the differentiable path"
-            )
-    return sizes
+    def __init__(self, **arguments: Argument):
+        # As flat tuples: scoring a few rows comes here so often that attribute look-ups would show.
+        self._arguments = tuple((name, tuple(a.shape.split()), *a[1:]) for name, a in arguments.items())
+
+    def check(self, *tensors: Tensor | None) -> dict[str, int]:
+        """The size that each letter stands for.
+
+        Raises `TypeError` for what is no tensor or has another dtype, `ValueError` for another shape, for tensors on
+        several devices, and for tensors that require grad while grad mode is on.
+        """
+        sizes: dict[str, int] = {}
+        seen: dict[str, torch.dtype] = {}
+        device = None
+        grad = torch.is_grad_enabled()
+        for (name, letters, dtypes, optional), tensor in zip(self._arguments, tensors, strict=True):
+            if tensor is None and optional:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            dtype = seen[name] = tensor.dtype
+            if isinstance(dtypes, str):
+                if dtype != seen[dtypes]:
+                    raise TypeError(f"{name}: expected {seen[dtypes]}, as {dtypes} has, got {dtype}")
+            elif dtype not in dtypes:
+                raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {dtype}")
+            shape = tensor.shape
+            if len(shape) != len(letters):
+                raise _wrong_shape(name, tensor, letters, sizes)
+            for size, letter in zip(shape, letters, strict=True):
+                if size != sizes.setdefault(letter, size):
+                    raise _wrong_shape(name, tensor, letters, sizes)
+            device = tensor.device if device is None else device
+            if tensor.device != device:
+                raise ValueError(f"{name}: expected on {device}, got {tensor.device}")
+            if grad and tensor.requires_grad:
+                raise ValueError(
+                    f"{name}: requires grad, and gradients would be lost here; use torch.no_grad(), or varlik.models "
+                    "for the differentiable path"
+                )
+        return sizes
 
 
-def _wrong_shape(name: str, tensor: Tensor, shape: tuple[str | int, ...], sizes: dict[str, int]) -> ValueError:
-    known = ", ".join(str(sizes.get(size, size) if isinstance(size, str) else size) for size in shape)
-    letters = ", ".join(str(size) for size in shape)
-    meaning = "" if known == letters else f" = ({known}{',' if len(shape) == 1 else ''})"
-    trailing = "," if len(shape) == 1 else ""
-    return ValueError(f"{name}: expected shape ({letters}{trailing}){meaning}, got {tuple(tensor.shape)}")
+def _wrong_shape(name: str, tensor: Tensor, letters: tuple[str, ...], sizes: dict[str, int]) -> ValueError:
+    known = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+    expected = ", ".join(letters)
+    trailing = "," if len(letters) == 1 else ""
+    meaning = "" if known == expected else f" = ({known}{trailing})"
+    return ValueError(f"{name}: expected shape ({expected}{trailing}){meaning}, got {tuple(tensor.shape)}")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

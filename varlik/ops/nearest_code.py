@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from varlik.ops import _registry
-from varlik.ops._registry import Argument
+from varlik.ops._registry import Argument, Signature
+
+_ARGUMENTS = Signature(vectors=Argument("n c"), codebook=Argument("V c"))
 
 
 def nearest_code(vectors: Tensor, codebook: Tensor, *, impl: str = "auto") -> Tensor:
@@ -23,10 +25,10 @@ def nearest_code(vectors: Tensor, codebook: Tensor, *, impl: str = "auto") -> Te
     Source: "Visual Autoregressive Modeling", Tian et al. 2024, equation 5.
     """
     impl = _registry.choose_impl("nearest_code", impl)
-    sizes = _registry.check(Argument("vectors", vectors, ("n", "c")), Argument("codebook", codebook, ("V", "c")))
+    sizes = _ARGUMENTS.check(vectors, codebook)
     if sizes["V"] == 0:
         raise ValueError(f"codebook: expected shape (V, c) with V >= 1, got {tuple(codebook.shape)}")
-    return torch.ops.varlik.nearest_code(vectors, codebook, impl)
+    return _registry.call("nearest_code", vectors, codebook, impl)
 
 
 def _nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:

@@ -1,41 +1,46 @@
-"""From the joint projection to attention: biases, normalisation of queries and keys, keys and values to their pages."""
+"""From the joint projection to attention: normalisation of queries and keys, keys and values to their pages."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from varlik.ops import _registry
-from varlik.ops._registry import INT64, Argument
+from varlik.ops._registry import INT64, Argument, Signature
 
-MAX_LOG_SCALE = math.log(100)
 MIN_NORM = 1e-12
+
+_ARGUMENTS = Signature(
+    qkv=Argument("R T 3C"),
+    scale=Argument("H", optional=True),
+    k_pages=Argument("P H D", "qkv"),
+    v_pages=Argument("P H D", "qkv"),
+    slots=Argument("R L", INT64, optional=True),
+)
 
 
 def qk_norm(
     qkv: Tensor,
-    q_bias: Tensor,
-    v_bias: Tensor,
-    log_scale: Tensor | None,
+    scale: Tensor | None,
     k_pages: Tensor,
     v_pages: Tensor,
-    slots: Tensor,
+    slots: Tensor | None,
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Queries of a bias-free joint projection; its keys and values go to their slots.
+    """Queries of a joint projection; its keys and values go to their slots.
 
-    With `log_scale`, q = (q + q_bias) / max(|q + q_bias|, 1e-12) * exp(min(log_scale, ln 100)) and
-    k = k / max(|k|, 1e-12), norms per head; without, neither is normalised. v = v + v_bias. Float32 inside for narrower
-    types.
+    With `scale`, q = q / max(|q|, 1e-12) * scale and k = k / max(|k|, 1e-12), norms per head; without, both stay as
+    they are. Float32 inside for narrower types.
 
     - `qkv` (R, T, 3C): q, k and v in this order, each as (H, D) with C = H * D.
-    - `q_bias`, `v_bias` (C,) and `log_scale` (H,) or None, of any floating dtype; k has no bias.
+    - `scale` (H,) of any floating dtype, or None.
     - `k_pages`, `v_pages` (P, H, D), in the dtype of `qkv`, are written in place and must not overlap.
-    - `slots` (R, T) int64 in [0, P): where each token's key and value go. All distinct, which is not checked: of two
-      tokens with one slot, either may remain.
+    - `slots` (R, L) int64 in [0, P): where the keys and values of each row's tokens 0 to L - 1 lie; those of the last T
+      are written. They are distinct, which is not checked: of two tokens with one slot, either may remain. None stands
+      for rows that lie side by side, P = R * L: token t of row r has slot r * L + t.
 
     Returns q (R, T, H, D) in the dtype of `qkv`.
 
@@ -45,59 +50,69 @@ def qk_norm(
     Source: "Visual Autoregressive Modeling", Tian et al. 2024, section 3.2 (normalised queries and keys).
     """
     impl = _registry.choose_impl("qk_norm", impl)
-    sizes = _registry.check(
-        Argument("qkv", qkv, ("R", "T", "3C")),
-        Argument("k_pages", k_pages, ("P", "H", "D"), "qkv"),
-        Argument("v_pages", v_pages, ("P", "H", "D"), "qkv"),
-        Argument("slots", slots, ("R", "T"), INT64),
-    )
-    width = sizes["H"] * sizes["D"]
-    scale = () if log_scale is None else (Argument("log_scale", log_scale, (sizes["H"],)),)
-    _registry.check(
-        Argument("qkv", qkv, ("R", "T", 3 * width)),
-        Argument("q_bias", q_bias, (width,)),
-        Argument("v_bias", v_bias, (width,)),
-        *scale,
-    )
-    return torch.ops.varlik.qk_norm(qkv, q_bias, v_bias, log_scale, k_pages, v_pages, slots, impl)
+    sizes = _ARGUMENTS.check(qkv, scale, k_pages, v_pages, slots)
+    if sizes["3C"] != 3 * sizes["H"] * sizes["D"]:
+        width = 3 * sizes["H"] * sizes["D"]
+        raise ValueError(f"qkv: expected shape (R, T, 3C) with 3C = 3HD = {width}, got {tuple(qkv.shape)}")
+    length = row_length(sizes, slots)
+    if length < sizes["T"]:
+        raise ValueError(f"qkv: expected shape (R, T, 3C) with T <= L = {length}, got {tuple(qkv.shape)}")
+    return _registry.call("qk_norm", qkv, scale, k_pages, v_pages, slots, impl)
+
+
+def row_length(sizes: Mapping[str, int], slots: Tensor | None) -> int:
+    """L, of checked sizes R, P and, where there are slots, L.
+
+    Raises `ValueError` for pages that R rows side by side cannot share evenly.
+    """
+    if slots is not None:
+        return sizes["L"]
+    rows, pages = sizes["R"], sizes["P"]
+    if pages % max(rows, 1) or (pages and not rows):
+        raise ValueError(f"k_pages: expected shape (R * L, H, D) with R = {rows} and no slots, got {pages} of them")
+    return pages // max(rows, 1)
 
 
 def _qk_norm(
-    qkv: Tensor,
-    q_bias: Tensor,
-    v_bias: Tensor,
-    log_scale: Tensor | None,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
+    qkv: Tensor, scale: Tensor | None, k_pages: Tensor, v_pages: Tensor, slots: Tensor | None
 ) -> Tensor:
     _, heads, head_dim = k_pages.shape
     dtype = _registry.accumulation_dtype(qkv.dtype)
-    q, k, v = qkv.unflatten(-1, (3, heads, head_dim)).unbind(2)  # (R, T, H, D) each
-    q = q.to(dtype) + q_bias.to(dtype).view(heads, head_dim)
-    if log_scale is not None:
-        scale = log_scale.to(dtype).clamp(max=MAX_LOG_SCALE).exp().view(heads, 1)
-        q = q.mul_(scale / _norm(q))
-        k = k.to(dtype)
-        k = k / _norm(k)
-    v = v.to(dtype) + v_bias.to(dtype).view(heads, head_dim)
-    for pages, values in ((k_pages, k), (v_pages, v)):
-        pages.index_copy_(0, slots.reshape(-1), values.to(qkv.dtype).reshape(-1, heads, head_dim))
-    return q.to(qkv.dtype).contiguous()
+    heads_of = qkv.unflatten(-1, (3, heads, head_dim))
+    q, k, v = heads_of.unbind(2)  # (R, T, H, D) each
+    if scale is None:
+        _store(k_pages, slots, k)
+        _store(v_pages, slots, v)
+        return q.contiguous()
+    norms = torch.linalg.vector_norm(heads_of[:, :, :2], dim=-1, keepdim=True, dtype=dtype).clamp_min_(MIN_NORM)
+    _store(k_pages, slots, k.to(dtype), norms[:, :, 1])
+    _store(v_pages, slots, v)
+    return (q.to(dtype) * (scale.to(dtype).view(heads, 1) / norms[:, :, 0])).to(qkv.dtype).contiguous()
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(MIN_NORM)
+def _store(pages: Tensor, slots: Tensor | None, values: Tensor, divisor: Tensor | None = None) -> None:
+    """Write `values` (R, T, H, D), divided or as they are, to the slots of their rows' last T tokens."""
+    rows, tokens = values.shape[:2]
+    if not rows * tokens:
+        return
+    if slots is None:  # straight to their place
+        place = pages.unflatten(0, (rows, -1))[:, -tokens:]
+        if divisor is None:
+            place.copy_(values)
+        else:
+            torch.div(values, divisor, out=place)
+    else:
+        values = values if divisor is None else values / divisor
+        pages.index_copy_(0, slots[:, slots.shape[1] - tokens :].flatten(), values.to(pages.dtype).flatten(0, 1))
 
 
-def _fake(qkv: Tensor, q_bias: Tensor, v_bias: Tensor, log_scale: Tensor | None, k_pages: Tensor, *_: Tensor) -> Tensor:
+def _fake(qkv: Tensor, scale: Tensor | None, k_pages: Tensor, *_: Tensor) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], k_pages.shape[1], k_pages.shape[2])
 
 
 _registry.register(
     "qk_norm",
-    "(Tensor qkv, Tensor q_bias, Tensor v_bias, Tensor? log_scale, Tensor(a!) k_pages, Tensor(b!) v_pages, "
-    "Tensor slots, str impl) -> Tensor",
+    "(Tensor qkv, Tensor? scale, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor? slots, str impl) -> Tensor",
     torch_path=_qk_norm,
     fake=_fake,
     flops=_registry.no_flops,

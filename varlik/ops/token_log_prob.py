@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from varlik.ops import _registry
-from varlik.ops._registry import INT64, Argument
+from varlik.ops._registry import INT64, Argument, Signature
+
+_ARGUMENTS = Signature(
+    hidden=Argument("M C"), weight=Argument("V C", "hidden"), bias=Argument("V"), targets=Argument("M", INT64)
+)
 
 
 def token_log_prob(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, impl: str = "auto") -> Tensor:
@@ -24,15 +28,10 @@ def token_log_prob(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
     Source: "Cut Your Losses in Large-Vocabulary Language Models", Wijmans et al. 2024, section 4, for the idea.
     """
     impl = _registry.choose_impl("token_log_prob", impl)
-    sizes = _registry.check(
-        Argument("hidden", hidden, ("M", "C")),
-        Argument("weight", weight, ("V", "C"), "hidden"),
-        Argument("bias", bias, ("V",)),
-        Argument("targets", targets, ("M",), INT64),
-    )
+    sizes = _ARGUMENTS.check(hidden, weight, bias, targets)
     if sizes["V"] == 0:
         raise ValueError(f"weight: expected shape (V, C) with V >= 1, got {tuple(weight.shape)}")
-    return torch.ops.varlik.token_log_prob(hidden, weight, bias, targets, impl)
+    return _registry.call("token_log_prob", hidden, weight, bias, targets, impl)
 
 
 def _token_log_prob(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -40,10 +39,7 @@ def _token_log_prob(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     bias = bias.to(dtype)
     out = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     for rows in _registry.tiles(len(hidden), len(weight) * dtype.itemsize, hidden.device):
-        if hidden.dtype == dtype:
-            logits = torch.addmm(bias, hidden[rows], weight.T)
-        else:
-            logits = torch.mm(hidden[rows], weight.T).to(dtype).add_(bias)
+        logits = torch.mm(hidden[rows], weight.T).to(dtype).add_(bias)
         out[rows] = torch.log_softmax(logits, dim=1).gather(1, targets[rows, None])[:, 0]
         del logits  # before the next tile is computed
     return out

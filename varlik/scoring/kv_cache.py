@@ -8,6 +8,7 @@ Pages are counted, because rows may share them, and a page that nobody holds is 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ NO_PAGE = -1
 
 
 class PagedCache:
-    """Arenas of keys and values, (slots, H, D) for each layer, that grow as pages are asked for.
+    """Arenas (slots, 2, H, D) of keys and values, one for each layer, that grow as pages are asked for.
 
     `page_sizes[k]` is how many slots a page of scale k takes. Fresh slots hold NaN, so that a read of what was never
     written shows. `max_slots` bounds what is held for longer than a chunk.
@@ -34,9 +35,8 @@ class PagedCache:
     ):
         self.page_sizes = page_sizes
         self.max_slots = max_slots
-        shape = (0, num_heads, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (0, 2, num_heads, head_dim)
+        self.arenas = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._holders: dict[int, int] = {}
         self._scale_of: dict[int, int] = {}
         self._free: dict[int, list[int]] = defaultdict(list)
@@ -45,7 +45,7 @@ class PagedCache:
     @property
     def capacity(self) -> int:
         """Slots that the arenas hold now."""
-        return len(self.keys[0])
+        return len(self.arenas[0])
 
     @property
     def pages_held(self) -> int:
@@ -53,7 +53,7 @@ class PagedCache:
         return len(self._holders)
 
     def room(self, scales: range) -> int:
-        """How many rows could still get a page at each of `scales`."""
+        """How many rows could still get a page at each of `scales`, of which there is at least one."""
         fresh = max(0, self.max_slots - self._used_slots) // sum(self.page_sizes[k] for k in scales)
         return fresh + min(len(self._free[k]) for k in scales)
 
@@ -77,7 +77,7 @@ class PagedCache:
         for page in pages:
             self._holders[page] = 1
             self._scale_of[page] = scale
-        return torch.tensor(pages, dtype=torch.int64, device=self.keys[0].device)
+        return torch.tensor(pages, dtype=torch.int64, device=self.arenas[0].device)
 
     def share(self, pages: Tensor) -> None:
         """Hold each of `pages` (any shape) once more; `NO_PAGE` entries are passed over."""
@@ -106,8 +106,55 @@ class PagedCache:
         if needed <= self.capacity:
             return
         capacity = max(needed, min(self.max_slots, 2 * self.capacity))
-        for arenas in (self.keys, self.values):
-            for layer, old in enumerate(arenas):
-                arena = torch.full((capacity, *old.shape[1:]), torch.nan, dtype=old.dtype, device=old.device)
-                arena[: len(old)] = old
-                arenas[layer] = arena
+        for layer, old in enumerate(self.arenas):
+            arena = old.new_full((capacity, *old.shape[1:]), torch.nan)
+            arena[: len(old)] = old
+            self.arenas[layer] = arena
+
+
+class ChunkKeys(Protocol):
+    """Where the rows of a chunk find the keys and values of coarser scales, and leave those of the scales at hand."""
+
+    def open(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values (P, H, D) and slots (R, L) of one layer, as the ops take them."""
+
+    def close(self, layer: int) -> None:
+        """After the layer has written its keys and values."""
+
+
+class InPlace:
+    """In the arenas themselves: for kernels that follow slots."""
+
+    def __init__(self, cache: PagedCache, slots: Tensor):
+        """`slots` (R, L) of all pages, those still to be written included."""
+        self._cache, self._slots = cache, slots
+
+    def open(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        return (*self._cache.arenas[layer].unbind(1), self._slots)
+
+    def close(self, layer: int) -> None:
+        pass
+
+
+class SideBySide:
+    """In one buffer that each layer uses anew: for a CPU, which attends to a row's keys in one run.
+
+    Pages are copied in, and of what the layer writes only that which a later stage may read is copied out.
+    """
+
+    def __init__(self, cache: PagedCache, cached: Tensor, kept: Tensor, length: int):
+        """`cached` and `kept` are the slots (R, tokens) of pages to read and, right after them, to write; `length` = L."""
+        self._cache, self._cached, self._kept = cache, cached, kept.flatten()
+        arena, rows = cache.arenas[0], len(cached)
+        buffer = arena.new_full((rows, length, *arena.shape[1:]), torch.nan)
+        self._keys, self._values = buffer.flatten(0, 1).unbind(1)
+        self._in, self._out = buffer.split([cached.shape[1], length - cached.shape[1]], dim=1)
+        self._out = self._out[:, : kept.shape[1]]
+
+    def open(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._in.copy_(self._cache.arenas[layer][self._cached])
+        return self._keys, self._values, None
+
+    def close(self, layer: int) -> None:
+        if len(self._kept):
+            self._cache.arenas[layer].index_copy_(0, self._kept, self._out.flatten(0, 1))
