@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from varlik.models.quantizer import MultiScaleQuantizer
-from varlik.scoring.engine import Engine
+from varlik.scoring.engine import Engine, agreeing_scales
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
@@ -155,6 +155,7 @@ class SampleScores:
     ):
         self._engine, self._quantizer, self._images, self._how = engine, quantizer, images, how
         self._candidates = engine.open(images, labels)
+        self._drawn = [images]
         self._samples = 1
 
     def __enter__(self) -> SampleScores:
@@ -164,13 +165,11 @@ class SampleScores:
         """Give the pages back, whatever happened."""
         self._engine.close(self._candidates)
 
-    def __call__(
-        self, labels: Tensor, scales: int, samples: range, retain: bool, ahead: int | None = None
-    ) -> Tensor:
+    def __call__(self, labels: Tensor, scales: int, samples: range, depth: int, retain: int | None) -> Tensor:
         """(B, n, S) log-likelihoods of `labels` (B, n) under each of `samples` (numbers from 0, the clean image).
 
-        With `retain`, keys and values are kept for a later call; with `ahead`, all rows are scored up to that scale in
-        the same pass. Rows of other samples are dropped.
+        They cover the first `scales`; rows are scored up to scale `depth`, and keep keys and values of `retain` scales
+        (default: all) for a later call. Rows of other samples are dropped.
         """
         engine, device = self._engine, labels.device
         live = torch.zeros(len(self._images), engine.config.num_classes + 1, dtype=torch.bool, device=device)
@@ -178,15 +177,25 @@ class SampleScores:
         rows = self._candidates
         self._keep(live[rows.image, rows.label])
         for sample in range(self._samples, samples.stop):
-            perturbed = perturb(self._quantizer, self._images, sample, self._how)
-            self._candidates = engine.fork(self._candidates, perturbed, sample)
+            self._candidates = engine.fork(self._candidates, self._sample(sample), sample)
         self._samples = samples.stop
         rows = self._candidates
         self._keep((rows.sample >= samples.start) & (rows.sample < samples.stop))
-        rows = engine.advance(self._candidates, scales if ahead is None else ahead, retain)
+        rows = engine.advance(self._candidates, depth, retain)
         found = torch.full((*live.shape, samples.stop), torch.nan, device=device)
         found[rows.image, rows.label, rows.sample] = rows.total(scales)
         return found.gather(1, labels.unsqueeze(-1).expand(-1, -1, samples.stop))[..., samples.start :]
+
+    def shared_scales(self, samples: range) -> int:
+        """Up to which scale any image agrees with one of its `samples`: so much can forks of scored rows share."""
+        config, clean = self._engine.config, self._images.tokens
+        agreeing = [int(agreeing_scales(config, clean, self._sample(i).tokens).max()) for i in samples]
+        return max(agreeing, default=0)
+
+    def _sample(self, number: int) -> TokenMaps:
+        while len(self._drawn) <= number:
+            self._drawn.append(perturb(self._quantizer, self._images, len(self._drawn), self._how))
+        return self._drawn[number]
 
     def _keep(self, wanted: Tensor) -> None:
         if not wanted.all():
@@ -223,14 +232,17 @@ def run(
     results = []
     alive = labels.expand(len(images), -1)
     depths = cascade.scales_of(engine.config.num_scales)
-    last = len(cascade.stages) - 1
     with SampleScores(engine, quantizer, images, alive, how) as scores:
         for i, (stage, scales) in enumerate(zip(cascade.stages, depths, strict=True)):
             started = time.perf_counter()
+            later = cascade.stages[i + 1 :]
             # Whoever surely goes on is scored in one pass with what comes next.
-            goes_on = i < last and stage.keep >= alive.shape[1] and stage.samples == cascade.stages[i + 1].samples
-            by_sample = scores(alive, scales, range(stage.samples), i < last, depths[i + 1] if goes_on else None)
-            log_likelihood = how.combine(by_sample)
+            goes_on = later and stage.keep >= alive.shape[1] and stage.samples == later[0].samples
+            depth = depths[i + 1] if goes_on else scales
+            retain = None
+            if depth == depths[-1]:  # these rows are done: only new samples may share what they leave
+                retain = scores.shared_scales(range(stage.samples, max((s.samples for s in later), default=0)))
+            log_likelihood = how.combine(scores(alive, scales, range(stage.samples), depth, retain))
             seconds = time.perf_counter() - started
             results.append(StageResult(stage, scales, alive, log_likelihood, scores.spent(), seconds))
             alive = survivors(alive, log_likelihood + log_prior[alive], stage.keep)

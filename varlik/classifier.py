@@ -166,7 +166,7 @@ class VARClassifier:
         parts = []
         for batch in self._batches(images, len(labels), 1, scales):
             rows = self.engine.open(batch, labels.expand(len(batch), -1), per_token=True)
-            self.engine.advance(rows, scales, retain=False)
+            self.engine.advance(rows, scales, retain=0)
             length = self.var.config.boundaries[scales]
             parts.append(rows.per_token()[:, :length].view(len(batch), len(labels), length))
         return torch.cat(parts)
@@ -339,7 +339,7 @@ class VARClassifier:
         for batch in self._batches(images, len(labels), len(samples), scales):
             rows = labels.expand(len(batch), -1)
             with SampleScores(self.engine, self.vqvae.quantize, batch, rows, how) as scores:
-                parts.append(scores(rows, scales, samples, retain=False))
+                parts.append(scores(rows, scales, samples, depth=scales, retain=0))
         return torch.cat(parts)
 
     def _prediction(self, labels: Tensor, log_prior: Tensor, stages: tuple[StageResult, ...], cost: Cost) -> Prediction:

@@ -266,7 +266,7 @@ def benchmark(
     lines = [
         f"seconds: medians of {report.repeats} for all images; tokens, GFLOP: per image; MB: peak beyond the weights",
         f"largest relative difference from the reference: {max(row.difference for row in report.rows):.1e}",
-        f"peak: {report.peak_gflops:.1f} GFLOP/s, float32 matrix product; "
+        f"peak: {report.peak_gflops:.1f} GFLOP/s of a large float32 matrix product, in turn with the ways; "
         f"class tables, once per model: {report.tables_seconds:.3g} s",
         f"{where.device}, {where.cpu}, threads: {where.threads}; Python {where.python}, torch {where.torch}, "
         f"varlik {where.varlik}" + (f", commit {where.commit}" if where.commit else ""),

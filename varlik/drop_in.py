@@ -165,7 +165,7 @@ class Accelerated:
         """Token log-probs (B, N, L_k) of checked images under labels (B, N)."""
         self.engine.prepare(labels.flatten())
         rows = self.engine.open(images, labels, per_token=True)
-        self.engine.advance(rows, scales, retain=False)
+        self.engine.advance(rows, scales, retain=0)
         length = self._var.config.boundaries[scales]
         return rows.per_token()[:, :length].view(*labels.shape, length)
 

@@ -7,8 +7,8 @@ Ways to do the same work, all on the same model and token maps:
 - "engine": what `VARClassifier.classify` does.
 
 All scores are compared with the reference before anything is timed. Times are medians over repeats in which the ways
-take turns, so that a slow moment of the machine hits all alike; between them a large float32 matrix product is timed,
-whose best is the peak of this machine. FLOPs are those that torch counts in a real run.
+take turns, so that a slow moment of the machine hits all alike; so does a large float32 matrix product, whose rate is
+the peak of this machine at that moment. FLOPs are those that torch counts in a real run.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Row:
     """One way to do the work.
 
     `seconds` for all images, the median; `times_faster` than the naive way, one class at a time; `tokens` and `flops`
-    per image; `gflops` reached per second and `share` of the machine's peak; `peak_bytes` beyond the weights, in a
-    process of its own, or None where that is not known; `difference`, the largest relative one from the reference.
+    per image; `gflops` reached per second and `share` of the machine's peak, the median over repeats; `peak_bytes`
+    beyond the weights, in a process of its own, or None where that is not known; `difference`, the largest relative one
+    from the reference.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Row:
 class Report:
     """Rows of one run, and what is needed to read them.
 
-    `peak_gflops` per second of a float32 matrix product; `tables_seconds` to build the tables of all classes, once per
+    `peak_gflops` per second of a float32 matrix product, the median; `tables_seconds` to build the tables of all classes, once per
     model, which is in no row.
     """
 
@@ -111,6 +112,8 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
     rows = []
     for name in ways:
         gflops = work_done[name] / seconds[name] / 1e9
+        slowdown = scale if name == NAIVE else 1
+        shares = [work_done[name] / (slowdown * t) / 1e9 / p for t, p in zip(times[name], peaks, strict=True)]
         rows.append(
             Row(
                 name=name,
@@ -119,7 +122,7 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
                 tokens=scores[name].tokens * (scale if name == NAIVE else 1),
                 flops=work_done[name] / len(bench.images),
                 gflops=gflops,
-                share=gflops / max(peaks),
+                share=statistics.median(shares),
                 peak_bytes=memory_of[name],
                 difference=differences[name],
             )
@@ -129,7 +132,7 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
         machine=machine(bench.classifier.device),
         repeats=repeats,
         rows=tuple(rows),
-        peak_gflops=max(peaks),
+        peak_gflops=statistics.median(peaks),
         tables_seconds=tables_seconds,
         notes=tuple(notes),
     )

@@ -52,10 +52,10 @@ def register(
 def call(name: str, *args: Any) -> Any:
     """`varlik::<name>` of its inputs and the chosen implementation.
 
-    Through torch's dispatcher where somebody listens there (torch.compile, a FLOP counter, fake or other special
+    Through torch's dispatcher where somebody listens there (torch.compile, a FLOP counter, meta, fake and other special
     tensors); directly otherwise, for the dispatcher's way into Python and back takes as long as a small op.
     """
-    plain = all(type(arg) is Tensor for arg in args if isinstance(arg, Tensor))
+    plain = all(type(arg) is Tensor and not arg.is_meta for arg in args if isinstance(arg, Tensor))
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain:
         return getattr(torch.ops.varlik, name)(*args)
     return _run(name, *args)

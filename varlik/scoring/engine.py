@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varlik import ops
+from varlik.models.config import VARConfig
 from varlik.models.var import VAR
 from varlik.scoring.class_tables import ClassTables
 from varlik.scoring.kv_cache import NO_PAGE, ChunkKeys, InPlace, PagedCache, SideBySide
@@ -25,6 +26,7 @@ from varlik.scoring.packed_weights import pack, run_blocks
 from varlik.tokens import TokenMaps
 
 # Activations of one chunk of rows, in bytes: what a CPU's caches hold, what keeps a GPU busy.
+CHUNK_TOKENS = 1536  # at least, so that a product makes good use of its weights
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 CACHE_SHARE = 0.3  # of free memory that pages may take by default
 CPU_CACHE_BYTES = 4 * 2**30
@@ -155,11 +157,11 @@ class Engine:
         return rows
 
     @_undisturbed
-    def advance(self, candidates: Candidates, to_scale: int, retain: bool = True) -> Candidates:
+    def advance(self, candidates: Candidates, to_scale: int, retain: int | None = None) -> Candidates:
         """Score every row up to and including scale `to_scale`, in place.
 
-        With `retain` the keys and values of the new scales are kept for a later stage, as far as memory allows.
-        Raises `ValueError` for a scale beyond the model's or before what a row has scored.
+        Keys and values of the first `retain` scales (default: all that finer scales read) are kept for a later stage,
+        as far as memory allows; without them it has to work them out again. Raises `ValueError` for a scale beyond the model's or before what a row has scored.
         """
         self._check(candidates)
         if not 1 <= to_scale <= self.config.num_scales:
@@ -222,7 +224,7 @@ class Engine:
             torch.cat((candidates.inputs, images.teacher_forcing_input)),
             candidates.token_log_prob is not None,
         )
-        agreeing = self._agreeing_scales(candidates.tokens[candidates.source[clean]], new.tokens[new.source])
+        agreeing = agreeing_scales(self.config, candidates.tokens[candidates.source[clean]], new.tokens[new.source])
         self._share_prefix(candidates, clean, new, agreeing)
         merged: dict[str, Any] = {name: torch.cat((getattr(candidates, name), getattr(new, name))) for name in _PER_ROW}
         per_token = None
@@ -277,13 +279,13 @@ class Engine:
         new, seen = boundaries[to_scale] - boundaries[cached], boundaries[to_scale]
         row_bytes = (8 * new + 2 * seen) * width * self.weights.positions.element_size()
         device = self.weights.positions.device.type
-        return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // row_bytes)
+        return max(CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // row_bytes, -(-CHUNK_TOKENS // new))
 
-    def _advance_chunk(self, candidates: Candidates, rows: Tensor, cached: int, to_scale: int, retain: bool) -> None:
+    def _advance_chunk(self, candidates: Candidates, rows: Tensor, cached: int, to_scale: int, retain: int | None) -> None:
         """Score `rows` (n,), all of which have pages for exactly `cached` scales."""
         # Keys of the last scale are read by no other scale.
-        kept = min(to_scale, self.config.num_scales - 1)
-        if not retain or kept <= cached or self.cache.room(range(cached, kept)) < len(rows):
+        kept = min(to_scale, self.config.num_scales - 1 if retain is None else retain)
+        if kept <= cached or self.cache.room(range(cached, kept)) < len(rows):
             kept = cached
         # What need not be kept takes pages only where kernels attend to keys in the arenas.
         paged = kept if self._side_by_side else to_scale
@@ -338,12 +340,6 @@ class Engine:
         targets = candidates.tokens[candidates.source[rows], first:end]
         return ops.token_log_prob(u.flatten(0, 1), *weights.head, targets.flatten()).view(targets.shape)
 
-    def _agreeing_scales(self, clean: Tensor, other: Tensor) -> Tensor:
-        """How many leading scales agree in every token, (n,), of tokens (n, L)."""
-        equal = clean == other
-        whole = [equal[:, a:b].all(1) for a, b in itertools.pairwise(self.config.boundaries)]
-        return torch.stack(whole, dim=1).long().cumprod(1).sum(1)
-
     def _share_prefix(self, candidates: Candidates, clean: Tensor, new: Candidates, agreeing: Tensor) -> None:
         """Let each row of `new` hold the pages and scores of its clean row, as far as it has them and scales agree."""
         new.cached = torch.minimum(agreeing, candidates.cached[clean]).clamp(min=1)
@@ -383,6 +379,13 @@ class Engine:
         first_of_image = torch.arange(0, len(rows), len(rows) // len(images), device=rows.label.device)
         rows.evaluated[first_of_image] = owner.evaluated
         self.close(owner)
+
+
+def agreeing_scales(config: VARConfig, clean: Tensor, other: Tensor) -> Tensor:
+    """How many leading scales agree in every token, (n,), of tokens (n, L)."""
+    equal = clean == other
+    whole = [equal[:, a:b].all(1) for a, b in itertools.pairwise(config.boundaries)]
+    return torch.stack(whole, dim=1).long().cumprod(1).sum(1)
 
 
 def _let_malloc_keep_memory() -> None:

@@ -19,7 +19,7 @@ COPIED_PARAMETERS = 2**23
 
 # Hidden activations of one part of the MLP: what stays in the caches, but tokens enough to make good use of a weight.
 HIDDEN_BYTES = 6 << 20
-MIN_HIDDEN_TOKENS = 1024
+MIN_HIDDEN_TOKENS = 2048
 
 
 @dataclass(frozen=True)
