@@ -52,6 +52,10 @@ def randint(high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(0))
 
 
+def randperm(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
 def num_bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -97,36 +101,47 @@ def test_residual_ada_layer_norm(benchmark, size):
     measure(benchmark, size, lambda: ops.residual_ada_layer_norm(x, branch, gate, scale, shift, row_class), moved)
 
 
-def test_qk_norm(benchmark, size):
+def slots_of(where: str, rows: int, length: int) -> Tensor:
+    """Slots (rows, length): in order, or all over the pages."""
+    slots = rows * length
+    order = torch.arange(slots) if where == "side by side" else randperm(slots)
+    return order.view(rows, length)
+
+
+WHERE = pytest.mark.parametrize("where", ["side by side", "in pages"])
+
+
+@WHERE
+def test_qk_norm(benchmark, size, where):
     config = size.config
     rows, tokens, heads, head_dim = size.rows, config.num_tokens - 1, config.num_heads, config.head_dim
     qkv = randn(rows, tokens, 3 * config.embed_dim)
-    q_bias, v_bias = (randn(config.embed_dim, seed=seed) for seed in (1, 2))
-    log_scale = torch.full((heads,), math.log(4))
+    scale = torch.full((heads,), 4.0)
     k_pages, v_pages = (torch.full((rows * tokens, heads, head_dim), torch.nan) for _ in range(2))
-    slots = torch.randperm(rows * tokens, generator=torch.Generator().manual_seed(0)).view(rows, tokens)
-    arguments = (qkv, q_bias, v_bias, log_scale, k_pages, v_pages, slots)
+    slots = slots_of(where, rows, tokens)
+    arguments = (qkv, scale, k_pages, v_pages, None if where == "side by side" else slots)
 
     q = ops.qk_norm(*arguments)
     wanted_q, wanted_k, wanted_v = qkv.double().unflatten(-1, (3, heads, head_dim)).unbind(2)
-    wanted_q = 4 * F.normalize(wanted_q + q_bias.double().view(heads, head_dim), dim=-1)
-    wanted_v = wanted_v + v_bias.double().view(heads, head_dim)
-    for found, wanted in ((q, wanted_q), (k_pages[slots], F.normalize(wanted_k, dim=-1)), (v_pages[slots], wanted_v)):
+    wanted_q, wanted_k = 4 * F.normalize(wanted_q, dim=-1), F.normalize(wanted_k, dim=-1)
+    for found, wanted in ((q, wanted_q), (k_pages[slots], wanted_k), (v_pages[slots], wanted_v)):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
-    moved = num_bytes(qkv, q, k_pages, v_pages, slots, q_bias, v_bias, log_scale)
+    moved = num_bytes(qkv, q, k_pages, v_pages, scale, *(x for x in arguments[-1:] if x is not None))
     measure(benchmark, size, lambda: ops.qk_norm(*arguments), moved)
 
 
-def test_scale_causal_attention(benchmark, size):
+@WHERE
+def test_scale_causal_attention(benchmark, size, where):
     config = size.config
     rows, length, heads, head_dim = size.rows, config.num_tokens, config.num_heads, config.head_dim
     q = 4 * F.normalize(randn(rows, length - 1, heads, head_dim), dim=-1)
     k_pages = F.normalize(randn(rows * length, heads, head_dim, seed=1), dim=-1)
     v_pages = randn(rows * length, heads, head_dim, seed=2)
-    slots = torch.randperm(rows * length, generator=torch.Generator().manual_seed(0)).view(rows, length)
+    slots = slots_of(where, rows, length)
+    given = None if where == "side by side" else slots
 
     def run() -> Tensor:
-        return ops.scale_causal_attention(q, k_pages, v_pages, slots, config.boundaries, softmax_scale=1.0)
+        return ops.scale_causal_attention(q, k_pages, v_pages, given, config.boundaries, softmax_scale=1.0)
 
     out = run()
     scale_of = torch.repeat_interleave(torch.tensor([b - a for a, b in pairwise(config.boundaries)]))
@@ -135,6 +150,20 @@ def test_scale_causal_attention(benchmark, size):
     scores = (q.double().transpose(1, 2) @ keys.mT).masked_fill(~allowed, -torch.inf)
     torch.testing.assert_close(out.double(), (scores.softmax(-1) @ values).transpose(1, 2), rtol=1e-4, atol=1e-4)
     measure(benchmark, size, run, num_bytes(q, k_pages, v_pages, slots, out))
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+def test_linear(benchmark, size, activation):
+    width = size.config.embed_dim
+    x = randn(size.rows, size.config.num_tokens - 1, width)
+    weight, bias = randn(4 * width, width, seed=1) / math.sqrt(width), randn(4 * width, seed=2)
+    out = ops.linear(x, weight, bias, activation=activation)
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    wanted = F.gelu(wanted, approximate="tanh") if activation == "gelu_tanh" else wanted
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
+    measure(
+        benchmark, size, lambda: ops.linear(x, weight, bias, activation=activation), num_bytes(x, weight, bias, out)
+    )
 
 
 def test_token_log_prob(benchmark, size):

@@ -8,7 +8,7 @@ import torch
 import varlik
 from varlik import reference
 from varlik.models.config import Preprocessing
-from varlik.scoring import engine
+from varlik.scoring import memory
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
@@ -56,7 +56,8 @@ def test_scores_do_not_depend_on_batch_or_chunks(classifier, images, monkeypatch
     full = classifier.log_likelihood(images)
     alone = torch.cat([classifier.log_likelihood(images[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(alone, full, rtol=1e-5, atol=0)
-    monkeypatch.setitem(engine.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(memory.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(memory, "CHUNK_TOKENS", 1)
     torch.testing.assert_close(classifier.log_likelihood(images), full, rtol=1e-5, atol=0)
 
 

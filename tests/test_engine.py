@@ -16,7 +16,7 @@ from varlik import reference
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.models.var import VAR
-from varlik.scoring import engine as engine_module
+from varlik.scoring import memory as memory_module
 from varlik.scoring.engine import Engine
 from varlik.scoring.kv_cache import PagedCache
 from varlik.tokens import TokenMaps
@@ -80,8 +80,10 @@ def truth(var, samples):
     return torch.stack(table)
 
 
-def ready(var, **options):
+def ready(var, in_place=False, **options):
+    """With `in_place`, attention follows slots through the arenas, as on a GPU."""
     engine = Engine(var, **options)
+    engine._side_by_side = not in_place
     engine.prepare(torch.arange(CLASSES))
     return engine
 
@@ -119,14 +121,14 @@ def test_any_order_of_work_gives_the_same_scores(var, samples, truth, data):
     """Splits of scales, chunk sizes, class orders, image batches, keep and fork sequences, with and without memory."""
     draw = data.draw
     memory = draw(st.sampled_from([None, 0, 40_000]), label="max_memory")
-    engine = ready(var, max_memory=memory)
+    engine = ready(var, max_memory=memory, in_place=draw(st.booleans(), label="in place"))
     empty = engine.cache.pages_held
     count = draw(st.integers(1, IMAGES), label="images")
     order = torch.tensor(draw(st.permutations(range(CLASSES)), label="classes"))
     labels = order[: draw(st.integers(1, CLASSES), label="how many")].expand(count, -1)
-    saved = dict(engine_module.CHUNK_BYTES)
-    engine_module.CHUNK_BYTES["cpu"] = draw(st.sampled_from([1, 60_000, 2**30]), label="chunk bytes")
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(memory_module.CHUNK_BYTES, "cpu", draw(st.sampled_from([1, 60_000, 2**30]), label="chunk bytes"))
+        patch.setattr(memory_module, "CHUNK_TOKENS", 1)
         rows = engine.open(samples[0][:count], labels)
         forked, scale = 1, 1
         for _ in range(draw(st.integers(1, 6), label="steps")):
@@ -147,8 +149,6 @@ def test_any_order_of_work_gives_the_same_scores(var, samples, truth, data):
         check(rows, truth)
         engine.close(rows)
         assert engine.cache.pages_held == empty
-    finally:
-        engine_module.CHUNK_BYTES.update(saved)
 
 
 def test_stages_continue_and_forks_share(var, samples):
@@ -167,6 +167,63 @@ def test_stages_continue_and_forks_share(var, samples):
     rows = engine.advance(rows, 4)
     spent = [rows.evaluated[rows.sample == s].unique().tolist() for s in range(3)]
     assert spent == [[ends[4] - ends[3]], [ends[4] - ends[2]], [ends[4] - ends[1]]]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_what_a_later_stage_may_read_is_kept(var, samples, truth, in_place):
+    engine = ready(var, in_place)
+    held = engine.cache.pages_held
+    rows = engine.advance(engine.open(samples[0], all_classes()), 4)
+    assert rows.cached.unique().tolist() == [3]  # no scale reads keys of the last one
+    assert engine.cache.pages_held == held + 2 * len(rows)
+    engine.close(rows)
+    rows = engine.advance(engine.open(samples[0], all_classes()), 4, retain=2)
+    assert rows.cached.unique().tolist() == [2]
+    # Scores are shared however little is kept; a fork equal to its clean row has nothing left to do.
+    rows = engine.fork(engine.fork(rows, samples[1], 1), samples[0], 2)
+    assert rows.scored[rows.sample == 1].unique().tolist() == [2]
+    assert rows.scored[rows.sample == 2].unique().tolist() == [4]
+    rows.evaluated.zero_()
+    rows = engine.advance(rows, 4, retain=0)
+    assert rows.evaluated[rows.sample == 2].sum() == 0
+    check(engine.keep(rows, (rows.sample < 2).nonzero().flatten()), truth)
+
+
+def test_a_chunk_that_finds_no_memory_is_halved(var, samples, truth, monkeypatch):
+    engine = ready(var)
+    sizes, forward = [], engine._forward
+
+    def scarce(candidates, rows, *rest):
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return forward(candidates, rows, *rest)
+
+    monkeypatch.setattr(engine, "_forward", scarce)
+    held = engine.cache.pages_held
+    rows = engine.advance(engine.open(samples[0], all_classes()), 4)
+    check(rows, truth)
+    assert sizes[:3] == [18, 9, 4]
+    assert max(sizes[3:]) <= 3
+    engine.close(rows)
+    assert engine.cache.pages_held == held
+    monkeypatch.setattr(engine, "_forward", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none")))
+    rows = engine.open(samples[0], all_classes())
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        engine.advance(rows, 4)
+    assert engine.cache.pages_held == held
+
+
+def test_budget():
+    cpu = torch.device("cpu")
+    config = replace(CONFIG, depth=1)
+    assert memory_module.Budget.of(cpu, 1000) == memory_module.Budget(750, 250)
+    assert 0 < memory_module.Budget.of(cpu, None).pages < memory_module.available_bytes(cpu)
+    row = (8 * 29 + 2 * 30) * 32 * 4  # numbers of a token, keys and values
+    assert memory_module.Budget(0, 5 * row).chunk_rows(config, 1, 4, 4, cpu) == 5
+    assert memory_module.Budget(0, 0).chunk_rows(config, 1, 4, 4, cpu) == 1
+    wide = memory_module.Budget(0, 2**40).chunk_rows(config, 1, 4, 4, cpu)
+    assert wide == memory_module.CHUNK_BYTES["cpu"] // row
 
 
 def test_pages_are_reused(var, samples):

@@ -6,6 +6,7 @@ NaN, so that what was never written shows.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from itertools import accumulate
@@ -87,13 +88,12 @@ def plain_residual_ada_layer_norm(x, branch, gate, scale, shift, row_class):
     return y, plain_ada_layer_norm(y, scale, shift, row_class)
 
 
-def plain_qkv(qkv, q_bias, v_bias, log_scale, heads):
+def plain_qkv(qkv, scale, heads):
     """q, k and v, (R, T, H, D) each."""
     rows, tokens, width = qkv.shape
-    qkv = qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
     q, k, v = qkv.reshape(rows, tokens, 3, heads, width // (3 * heads)).unbind(2)
-    if log_scale is not None:
-        q = F.normalize(q, dim=-1) * log_scale.clamp(max=math.log(100)).exp()[:, None]
+    if scale is not None:
+        q = F.normalize(q, dim=-1) * scale[:, None]
         k = F.normalize(k, dim=-1)
     return q, k, v
 
@@ -177,16 +177,76 @@ def test_ada_layer_norm_of_half_precision_is_rounded_once():
     assert (ours.double() - exact).abs().max() <= 2**-8 * exact.abs().max() * 1.01
 
 
+def test_ada_layer_norm_without_row_class_takes_one_table_row_each():
+    x, branch, gate, scale, shift, row_class = residual_inputs()
+    gathered = [table[row_class] for table in (gate, scale, shift)]
+    expected = ops.residual_ada_layer_norm(x, branch, gate, scale, shift, row_class)
+    torch.testing.assert_close(ops.residual_ada_layer_norm(x, branch, *gathered, None), expected, rtol=0, atol=0)
+    expected = ops.ada_layer_norm(x, scale, shift, row_class)
+    torch.testing.assert_close(ops.ada_layer_norm(x, *gathered[1:], None), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError) as error:
+        ops.ada_layer_norm(x, scale, shift, None)
+    assert str(error.value) == "scale: expected shape (R, C) with R = 3 and no row_class, got (4, 24)"
+
+
+# linear
+
+
+def linear_inputs(rows=3, tokens=5, width=16, out=24, dtype=torch.float32):
+    return (
+        randn(rows, tokens, width, dtype=dtype),
+        randn(out, width, seed=1, dtype=dtype),
+        randn(out, seed=2, dtype=dtype),
+    )
+
+
+def plain_linear(x, weight, bias, activation):
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 16, 24), (1, 1, 1, 1), (2, 3, 130, 9), (0, 3, 8, 2), (2, 0, 8, 2), (1, 9, 600, 500)]
+)
+def test_linear(shape, dtype, activation):
+    inputs = linear_inputs(*shape, dtype=dtype)
+    ours = ops.linear(*inputs, activation=activation)
+    assert ours.dtype == dtype
+    exact = plain_linear(*double(inputs), activation)
+    assert_as_good_as_torch(ours, plain_linear(*inputs, activation), exact)
+    # Weights as (in, out) in memory, as the engine keeps those of small models.
+    x, weight, bias = inputs
+    ours = ops.linear(x, weight.t().contiguous().t(), bias, activation=activation)
+    assert_as_good_as_torch(ours, plain_linear(*inputs, activation), exact)
+
+
+def test_linear_without_onednn(monkeypatch):
+    module = importlib.import_module("varlik.ops.linear")
+    inputs = linear_inputs()
+    for activation in ("none", "gelu_tanh"):
+        fused = ops.linear(*inputs, activation=activation)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_has_onednn", lambda: False)
+            torch.testing.assert_close(ops.linear(*inputs, activation=activation), fused, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_refuses_an_activation():
+    with pytest.raises(ValueError) as error:
+        ops.linear(*linear_inputs(), activation="relu")
+    assert str(error.value) == "activation: expected one of 'none', 'gelu_tanh', got 'relu'"
+
+
 # qk_norm
 
 
 def qk_norm_inputs(rows=2, tokens=3, heads=2, head_dim=4, dtype=torch.float32, normalised=True):
-    width, pages = heads * head_dim, rows * tokens + 5
-    slots = torch.randperm(pages, generator=torch.Generator().manual_seed(5))[: rows * tokens].view(rows, tokens)
+    length = tokens + 2  # of which the first two are there already
+    width, pages = heads * head_dim, rows * length + 5
+    slots = torch.randperm(pages, generator=torch.Generator().manual_seed(5))[: rows * length].view(rows, length)
     return (
         randn(rows, tokens, 3 * width, dtype=dtype),
-        randn(width, seed=1, dtype=dtype),
-        randn(width, seed=2, dtype=dtype),
         randn(heads, seed=3, dtype=dtype) + 4 if normalised else None,
         torch.full((pages, heads, head_dim), math.nan, dtype=dtype),
         torch.full((pages, heads, head_dim), math.nan, dtype=dtype),
@@ -204,24 +264,42 @@ def test_qk_norm(shape, dtype, normalised):
     assert q.dtype == dtype
     plain = plain_qkv(*given, shape[2])
     exact = plain_qkv(*double(tuple(given)), shape[2])
-    for ours, p, e in zip((q, k_pages[slots], v_pages[slots]), plain, exact, strict=True):
+    written = slots[:, 2:]
+    for ours, p, e in zip((q, k_pages[written], v_pages[written]), plain, exact, strict=True):
         assert_as_good_as_torch(ours, p, e)
-    untouched = torch.ones(len(k_pages), dtype=torch.bool).index_fill(0, slots.flatten(), False)
+    untouched = torch.ones(len(k_pages), dtype=torch.bool).index_fill(0, written.flatten(), False)
     assert k_pages[untouched].isnan().all()
     assert v_pages[untouched].isnan().all()
 
 
-def test_qk_norm_bounds_the_scale_and_survives_zero_vectors():
-    qkv, q_bias, v_bias, _, k_pages, v_pages, slots = qk_norm_inputs()
-    log_scale = torch.tensor([1000.0, -math.inf])
-    q = ops.qk_norm(qkv, q_bias, v_bias, log_scale, k_pages, v_pages, slots)
-    torch.testing.assert_close(q[:, :, 0].norm(dim=-1), torch.full(slots.shape, 100.0))
-    assert (q[:, :, 1] == 0).all()
-    zero = torch.zeros_like(qkv)
-    q = ops.qk_norm(zero, torch.zeros_like(q_bias), v_bias, log_scale, k_pages, v_pages, slots)
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_of_rows_side_by_side(dtype, normalised):
+    qkv, scale, *_, slots = qk_norm_inputs(dtype=dtype, normalised=normalised)
+    rows, length = slots.shape
+    # Keys and values may be interleaved in one buffer.
+    ours = torch.full((rows * length, 2, 2, 4), math.nan, dtype=dtype).unbind(1)
+    wanted = [torch.full((rows * length, 2, 4), math.nan, dtype=dtype) for _ in range(2)]
+    q = ops.qk_norm(qkv, scale, *ours, None)
+    assert torch.equal(q, ops.qk_norm(qkv, scale, *wanted, torch.arange(rows * length).view(rows, length)))
+    torch.testing.assert_close(list(ours), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_qk_norm_survives_zero_vectors():
+    qkv, scale, k_pages, v_pages, slots = qk_norm_inputs()
+    q = ops.qk_norm(torch.zeros_like(qkv), scale, k_pages, v_pages, slots)
     assert (q == 0).all()
-    assert (k_pages[slots] == 0).all()
-    assert torch.equal(v_pages[slots], v_bias.view(2, 4).expand(2, 3, 2, 4))
+    assert (k_pages[slots[:, 2:]] == 0).all()
+
+
+def test_qk_norm_refuses_rows_that_do_not_fit():
+    qkv, scale, k_pages, v_pages, slots = qk_norm_inputs()
+    with pytest.raises(ValueError) as error:
+        ops.qk_norm(qkv, scale, k_pages, v_pages, slots[:, :2])
+    assert str(error.value) == "qkv: expected shape (R, T, 3C) with T <= L = 2, got (2, 3, 24)"
+    with pytest.raises(ValueError) as error:
+        ops.qk_norm(qkv, scale, k_pages[:9], v_pages[:9], None)
+    assert str(error.value) == "k_pages: expected shape (R * L, H, D) with R = 2 and no slots, got 9 of them"
 
 
 # Attention
@@ -275,6 +353,30 @@ def test_attention_split_over_calls_and_rows_that_share_pages():
         for a, b in ((0, 5), (5, 14))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", BOUNDARIES[:-1])
+def test_attention_to_rows_side_by_side(start, dtype):
+    q, k_pages, v_pages, slots, _ = attention_inputs(start=start, dtype=dtype)
+    # Interleaved in one buffer, as the engine has them.
+    keys, values = torch.stack((k_pages[slots.flatten()], v_pages[slots.flatten()]), dim=1).unbind(1)
+    ours = ops.scale_causal_attention(q, keys, values, None, BOUNDARIES, softmax_scale=0.7)
+    expected = ops.scale_causal_attention(q, k_pages, v_pages, slots, BOUNDARIES, softmax_scale=0.7)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 14])
+def test_attention_with_scales_merged_and_not(start, monkeypatch):
+    boundaries = [0, 1, 5, 14, 30]
+    inputs = attention_inputs(boundaries=boundaries, start=start)
+    module = importlib.import_module("varlik.ops.scale_causal_attention")
+    plain, exact = plain_attention(*inputs, 0.7), plain_attention(*double(inputs), 0.7)
+    for merged in (1, 13, 64):  # no scale, some, all that there are
+        monkeypatch.setattr(module, "MERGED_TOKENS", merged)
+        module._runs.cache_clear()
+        assert_as_good_as_torch(ops.scale_causal_attention(*inputs, softmax_scale=0.7), plain, exact)
+    module._runs.cache_clear()
 
 
 # token_log_prob
@@ -387,6 +489,7 @@ CASES = {
     "residual_ada_layer_norm": (ops.residual_ada_layer_norm, residual_inputs, {}),
     "qk_norm": (ops.qk_norm, qk_norm_inputs, {}),
     "scale_causal_attention": (ops.scale_causal_attention, lambda: attention_inputs(start=5), {"softmax_scale": 0.5}),
+    "linear": (ops.linear, linear_inputs, {"activation": "gelu_tanh"}),
     "token_log_prob": (ops.token_log_prob, token_log_prob_inputs, {}),
     "nearest_code": (ops.nearest_code, nearest_code_inputs, {}),
 }
@@ -405,8 +508,28 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.varlik, name).default, registered_arguments(name))
 
 
-def test_opcheck_without_normalisation():
-    torch.library.opcheck(torch.ops.varlik.qk_norm.default, (*qk_norm_inputs(normalised=False), "torch"))
+def test_opcheck_without_optional_tensors():
+    qkv, _, k_pages, v_pages, slots = qk_norm_inputs(normalised=False)
+    torch.library.opcheck(torch.ops.varlik.qk_norm.default, (qkv, None, k_pages, v_pages, slots, "torch"))
+    pages = k_pages[: slots.numel()], v_pages[: slots.numel()]
+    torch.library.opcheck(torch.ops.varlik.qk_norm.default, (qkv, None, *pages, None, "torch"))
+    q, k_pages, v_pages, slots, boundaries = attention_inputs()
+    pages = k_pages[slots.flatten()], v_pages[slots.flatten()]
+    attention = torch.ops.varlik.scale_causal_attention.default
+    torch.library.opcheck(attention, (q, *pages, None, boundaries, 1.0, "torch"))
+    x, branch, gate, scale, shift, _ = residual_inputs(classes=3)
+    residual = torch.ops.varlik.residual_ada_layer_norm.default
+    torch.library.opcheck(residual, (x, branch, gate, scale, shift, None, EPS, "torch"))
+
+
+@each_op
+def test_direct_and_dispatched_calls_are_the_same(name):
+    with FlopCounterMode(display=False):  # listens at the dispatcher
+        dispatched = _registry.call(name, *registered_arguments(name))
+    torch.testing.assert_close(_registry.call(name, *registered_arguments(name)), dispatched, rtol=0, atol=0)
+    subclass = type("Subclass", (Tensor,), {})
+    first, *rest = registered_arguments(name)
+    assert isinstance(_registry.call(name, first.as_subclass(subclass), *rest), (Tensor, tuple))
 
 
 @each_op
@@ -452,6 +575,7 @@ FLOPS = {
     "ada_layer_norm": 0,
     "residual_ada_layer_norm": 0,
     "qk_norm": 0,
+    "linear": 2 * 3 * 5 * 16 * 24,
     # 2 rows, 2 heads of 8; the 9 queries of the last scale see 14 keys; products with keys and with values.
     "scale_causal_attention": 2 * 2 * (2 * 2 * 8) * 9 * 14,
     "token_log_prob": 2 * 9 * 16 * 40,
@@ -522,9 +646,10 @@ def test_refuses_every_argument_of_another_dtype_or_shape(name):
         ("ada_layer_norm", 1, (4, 23), "scale: expected shape (N, C) = (4, 24), got (4, 23)"),
         ("ada_layer_norm", 3, (2,), "row_class: expected shape (R,) = (3,), got (2,)"),
         ("residual_ada_layer_norm", 1, (3, 4, 24), "branch: expected shape (R, T, C) = (3, 5, 24), got (3, 4, 24)"),
-        ("qk_norm", 0, (2, 3, 16), "qkv: expected shape (R, T, 24) = (2, 3, 24), got (2, 3, 16)"),
-        ("qk_norm", 3, (3,), "log_scale: expected shape (2,), got (3,)"),
-        ("qk_norm", 6, (2, 2), "slots: expected shape (R, T) = (2, 3), got (2, 2)"),
+        ("qk_norm", 0, (2, 3, 16), "qkv: expected shape (R, T, 3C) with 3C = 3HD = 24, got (2, 3, 16)"),
+        ("qk_norm", 2, (9, 3, 4), "k_pages: expected shape (P, H, D) = (9, 2, D), got (9, 3, 4)"),
+        ("qk_norm", 4, (3, 5), "slots: expected shape (R, L) = (2, L), got (3, 5)"),
+        ("linear", 2, (23,), "bias: expected shape (O,) = (24,), got (23,)"),
         ("scale_causal_attention", 3, (3, 14), "slots: expected shape (R, L) = (2, L), got (3, 14)"),
         ("token_log_prob", 2, (39,), "bias: expected shape (V,) = (40,), got (39,)"),
         ("token_log_prob", 1, (0, 16), "weight: expected shape (V, C) with V >= 1, got (0, 16)"),

@@ -176,7 +176,10 @@ class SampleScores:
         live.scatter_(1, labels, True)
         rows = self._candidates
         self._keep(live[rows.image, rows.label])
-        for sample in range(self._samples, samples.stop):
+        new = range(self._samples, samples.stop)
+        if new and 0 in samples:  # scored first, so that its forks can share what it leaves
+            engine.advance(self._candidates, depth, None if retain is None else max(retain, self.shared_scales(new)))
+        for sample in new:
             self._candidates = engine.fork(self._candidates, self._sample(sample), sample)
         self._samples = samples.stop
         rows = self._candidates

@@ -19,6 +19,7 @@ from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.scoring.engine import Engine
+from varlik.scoring.memory import check_memory
 from varlik.smoothing import Aggregate, Smoothing
 from varlik.tokens import TokenMaps, tokenize
 
@@ -71,13 +72,18 @@ class Prediction:
 
 
 def load(
-    source: str | Path, vqvae: str | Path | None = None, device: str | torch.device | None = None
+    source: str | Path,
+    vqvae: str | Path | None = None,
+    device: str | torch.device | None = None,
+    *,
+    max_memory: int | None = None,
 ) -> VARClassifier:
     """Load a classifier.
 
     `source` is a name from `varlik.list_models()`, a Hub repo id, a folder with `var.safetensors` and
     `vqvae.safetensors`, or a `.safetensors` or `.pth` file of a VAR transformer; `vqvae` names the file of its VQ-VAE
-    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU.
+    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU. `max_memory` bounds in bytes
+    what scoring takes beyond the weights and the tables of the classes (default: 30 % of what is free).
 
     Raises `FileNotFoundError` when something is neither here nor to be had, and `ValueError` for an unknown name or a
     checkpoint that does not fit, with the tensors that differ.
@@ -85,7 +91,12 @@ def load(
     device = _device(device)
     loaded = checkpoints.load_models(source, vqvae)
     return VARClassifier(
-        loaded.var.to(device), loaded.vqvae.to(device), loaded.class_names, loaded.preprocessing, name=loaded.name
+        loaded.var.to(device),
+        loaded.vqvae.to(device),
+        loaded.class_names,
+        loaded.preprocessing,
+        name=loaded.name,
+        max_memory=max_memory,
     )
 
 
@@ -97,9 +108,19 @@ class VARClassifier:
     """
 
     def __init__(
-        self, var: VAR, vqvae: VQVAE, class_names: Sequence[str], preprocessing: Preprocessing, name: str = "custom"
+        self,
+        var: VAR,
+        vqvae: VQVAE,
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        name: str = "custom",
+        max_memory: int | None = None,
     ):
-        """`class_names` has one name per class, the null class left out. Raises `ValueError` when parts do not fit."""
+        """`class_names` has one name per class, the null class left out; `max_memory` as `load` takes it.
+
+        Raises `ValueError` when parts do not fit and for a negative `max_memory`.
+        """
+        check_memory(max_memory)
         if len(class_names) != var.config.num_classes:
             raise ValueError(f"class_names: expected {var.config.num_classes} names, got {len(class_names)}")
         if var.config.patch_nums != vqvae.config.patch_nums:
@@ -116,6 +137,7 @@ class VARClassifier:
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.name = name
+        self._max_memory = max_memory
         self._engine: Engine | None = None
 
     @property
@@ -132,7 +154,7 @@ class VARClassifier:
     def engine(self) -> Engine:
         """The scoring engine, made when first asked for; see `varlik.scoring.engine`."""
         if self._engine is None:
-            self._engine = Engine(self.var)
+            self._engine = Engine(self.var, self._max_memory)
         return self._engine
 
     def to(self, device: str | torch.device) -> VARClassifier:

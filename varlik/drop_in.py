@@ -22,6 +22,7 @@ from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import AUTOENCODER, TRANSFORMER, Contents
 from varlik.scoring.engine import Engine
+from varlik.scoring.memory import check_memory
 from varlik.tokens import TokenMaps
 
 
@@ -31,23 +32,25 @@ def accelerate(
     vqvae: nn.Module | Mapping[str, Any] | str | Path | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
+    max_memory: int | None = None,
 ) -> Accelerated:
     """Score with the engine what a VAR module of the original code base would score with its forward.
 
     `module_or_state_dict` is such a module in eval mode (also compiled or data-parallel), or its state dict, nested and
-    prefixed as checkpoints may be. Its float32 weights are shared, not copied; weights of any other dtype are converted
-    to a float32 copy, and scores are float32. Everything stays on the device where the weights are. Nothing is drawn at
+    prefixed as checkpoints may be. Its float32 weights are shared, not copied (on a CPU, models of up to 8 M parameters
+    get matrices of another layout beside them); weights of any other dtype are converted to a float32 copy, and scores
+    are float32. Everything stays on the device where the weights are. Nothing is drawn at
     random, whereas the original's forward replaces labels by the null class with probability `cond_drop_rate` even in
     eval mode, unless that is set to 0.
 
     `vqvae` adds `Accelerated.classifier`: the original's VQ-VAE module, its state dict or file, or a VQ-VAE of ours.
     `class_names` (one per class) and `preprocessing` belong to that classifier; they default to what the file of the
-    VQ-VAE says, else to ImageNet's.
+    VQ-VAE says, else to ImageNet's. `max_memory` as `varlik.load` takes it.
 
     Raises `TypeError` for other kinds of objects, `ValueError` for a module in training mode and for parts that do not
     belong together, `CheckpointError` (a `ValueError`) with the tensors that are missing or differ.
     """
-    return Accelerated(module_or_state_dict, vqvae, class_names, preprocessing)
+    return Accelerated(module_or_state_dict, vqvae, class_names, preprocessing, max_memory)
 
 
 class Accelerated:
@@ -64,8 +67,10 @@ class Accelerated:
         vqvae: nn.Module | Mapping[str, Any] | str | Path | None = None,
         class_names: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
+        max_memory: int | None = None,
     ):
         """As `accelerate`, which see."""
+        check_memory(max_memory)
         if isinstance(module_or_state_dict, Mapping):  # hold on to its weights only, not to an optimiser beside them
             module_or_state_dict = weights.state_dict(
                 _contents(module_or_state_dict, "module_or_state_dict"), TRANSFORMER
@@ -76,6 +81,7 @@ class Accelerated:
         self._engine: Engine | None = None
         self._classifier: VARClassifier | None = None
         self._vqvae, self._class_names, self._preprocessing = vqvae, class_names, preprocessing
+        self._max_memory = max_memory
         self.refresh()
 
     @property
@@ -99,7 +105,7 @@ class Accelerated:
         if self._classifier is not None:
             return self._classifier.engine
         if self._engine is None:
-            self._engine = Engine(self._var)
+            self._engine = Engine(self._var, self._max_memory)
         return self._engine
 
     def refresh(self) -> None:
@@ -231,7 +237,9 @@ class Accelerated:
             names = about.class_names if about else presets.default_class_names(config.num_classes)
         if preprocessing is None:
             preprocessing = about.preprocessing if about else presets.default_preprocessing(vqvae.config)
-        return VARClassifier(self._var, vqvae.to(self._device), names, preprocessing, name="accelerated")
+        return VARClassifier(
+            self._var, vqvae.to(self._device), names, preprocessing, name="accelerated", max_memory=self._max_memory
+        )
 
 
 def _contents(tree: Mapping[str, Any], name: str) -> Contents:

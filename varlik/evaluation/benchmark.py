@@ -63,8 +63,8 @@ class Row:
 class Report:
     """Rows of one run, and what is needed to read them.
 
-    `peak_gflops` per second of a float32 matrix product, the median; `tables_seconds` to build the tables of all classes, once per
-    model, which is in no row.
+    `peak_gflops` per second of a float32 matrix product, the median; `tables_seconds` to build the tables of all
+    classes, once per model, which is in no row.
     """
 
     work: Work

@@ -66,7 +66,9 @@ def residual_ada_layer_norm(
 
 def _check_rows(sizes: dict[str, int], scale: Tensor, row_class: Tensor | None) -> None:
     if row_class is None and sizes["N"] != sizes["R"]:
-        raise ValueError(f"scale: expected shape (R, C) with R = {sizes['R']} and no row_class, got {tuple(scale.shape)}")
+        raise ValueError(
+            f"scale: expected shape (R, C) with R = {sizes['R']} and no row_class, got {tuple(scale.shape)}"
+        )
 
 
 def _ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, row_class: Tensor | None, eps: float) -> Tensor:

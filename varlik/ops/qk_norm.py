@@ -73,9 +73,7 @@ def row_length(sizes: Mapping[str, int], slots: Tensor | None) -> int:
     return pages // max(rows, 1)
 
 
-def _qk_norm(
-    qkv: Tensor, scale: Tensor | None, k_pages: Tensor, v_pages: Tensor, slots: Tensor | None
-) -> Tensor:
+def _qk_norm(qkv: Tensor, scale: Tensor | None, k_pages: Tensor, v_pages: Tensor, slots: Tensor | None) -> Tensor:
     _, heads, head_dim = k_pages.shape
     dtype = _registry.accumulation_dtype(qkv.dtype)
     heads_of = qkv.unflatten(-1, (3, heads, head_dim))

@@ -92,7 +92,7 @@ class ClassTables:
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             page = qkv.new_full((len(labels), 2, config.num_heads, config.head_dim), torch.nan)
-            ops.qk_norm(qkv, weights.blocks[i].q_scale, *page.unbind(1), None)
+            ops.qk_norm(qkv, weights.blocks[i].q_scale, page[:, 0], page[:, 1], None)
             pages.append(page)
             return page[:, 1].flatten(1).unsqueeze(1)  # one key: attention returns its value
 

@@ -22,14 +22,11 @@ from varlik.models.config import VARConfig
 from varlik.models.var import VAR
 from varlik.scoring.class_tables import ClassTables
 from varlik.scoring.kv_cache import NO_PAGE, ChunkKeys, InPlace, PagedCache, SideBySide
+from varlik.scoring.memory import Budget, let_malloc_keep_memory
 from varlik.scoring.packed_weights import pack, run_blocks
 from varlik.tokens import TokenMaps
 
 # Activations of one chunk of rows, in bytes: what a CPU's caches hold, what keeps a GPU busy.
-CHUNK_TOKENS = 1536  # at least, so that a product makes good use of its weights
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
-CACHE_SHARE = 0.3  # of free memory that pages may take by default
-CPU_CACHE_BYTES = 4 * 2**30
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -98,7 +95,11 @@ class Engine:
     """
 
     def __init__(self, var: VAR, max_memory: int | None = None):
-        """`max_memory` bounds the pages in bytes; rows whose pages find no room are scored without keeping them."""
+        """`max_memory` in bytes (default: 30 % of what is free) bounds pages and the chunk at work.
+
+        Rows whose pages find no room are scored without keeping them; one row at a time is always scored. Tables come
+        on top.
+        """
         with torch.inference_mode(False), torch.no_grad():
             self._build(var, max_memory)
 
@@ -106,18 +107,18 @@ class Engine:
         self.config = var.config
         self._side_by_side = var.pos_start.device.type == "cpu"
         if self._side_by_side:
-            _let_malloc_keep_memory()
+            let_malloc_keep_memory()
         self.weights = pack(var)
         self.tables = ClassTables(var, self.weights)
         dtype, device = self.weights.positions.dtype, self.weights.positions.device
-        per_slot = 2 * self.config.depth * self.config.embed_dim * self.weights.positions.element_size()
-        budget = _default_cache_bytes(device) if max_memory is None else max_memory
+        self._budget = Budget.of(device, max_memory)
+        per_slot = 2 * self.config.depth * self.config.embed_dim * dtype.itemsize
         self.cache = PagedCache(
             self.config.depth,
             self.config.num_heads,
             self.config.head_dim,
             tuple(p * p for p in self.config.patch_nums),
-            max_slots=max(1, budget // per_slot) + self.config.num_classes + 1,
+            max_slots=self._budget.pages // per_slot + self.config.num_classes + 1,
             dtype=dtype,
             device=device,
         )
@@ -161,7 +162,10 @@ class Engine:
         """Score every row up to and including scale `to_scale`, in place.
 
         Keys and values of the first `retain` scales (default: all that finer scales read) are kept for a later stage,
-        as far as memory allows; without them it has to work them out again. Raises `ValueError` for a scale beyond the model's or before what a row has scored.
+        as far as memory allows; without them it has to work them out again.
+
+        Raises `ValueError` for rows of another engine and for a scale beyond the model's or before what a row has
+        scored.
         """
         self._check(candidates)
         if not 1 <= to_scale <= self.config.num_scales:
@@ -172,7 +176,9 @@ class Engine:
         reached = candidates.cached[todo]
         for cached in reached.unique().tolist():
             group = todo[reached == cached]
-            size, start = self._chunk_rows(cached, to_scale), 0
+            like = self.weights.positions
+            size = self._budget.chunk_rows(self.config, cached, to_scale, like.element_size(), like.device)
+            start = 0
             while start < len(group):
                 chunks = -(-(len(group) - start) // size)  # as many as it takes, all of nearly the same size
                 rows = group[start : start + -(-(len(group) - start) // chunks)]
@@ -273,15 +279,9 @@ class Engine:
             inputs=inputs,
         )
 
-    def _chunk_rows(self, cached: int, to_scale: int) -> int:
-        """Rows whose activations fit the chunk: 8 C numbers a token (stream, norm, QKV, ...), keys and values."""
-        boundaries, width = self.config.boundaries, self.config.embed_dim
-        new, seen = boundaries[to_scale] - boundaries[cached], boundaries[to_scale]
-        row_bytes = (8 * new + 2 * seen) * width * self.weights.positions.element_size()
-        device = self.weights.positions.device.type
-        return max(CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // row_bytes, -(-CHUNK_TOKENS // new))
-
-    def _advance_chunk(self, candidates: Candidates, rows: Tensor, cached: int, to_scale: int, retain: int | None) -> None:
+    def _advance_chunk(
+        self, candidates: Candidates, rows: Tensor, cached: int, to_scale: int, retain: int | None
+    ) -> None:
         """Score `rows` (n,), all of which have pages for exactly `cached` scales."""
         # Keys of the last scale are read by no other scale.
         kept = min(to_scale, self.config.num_scales - 1 if retain is None else retain)
@@ -317,7 +317,7 @@ class Engine:
         return SideBySide(self.cache, slots[:, :first], slots[:, first:], end)
 
     def _forward(self, candidates: Candidates, rows: Tensor, keys: ChunkKeys, cached: int, to_scale: int) -> Tensor:
-        """Token log-probs (n, T) of scales cached + 1 .. to_scale, reading coarser scales in `keys` and writing there."""
+        """Token log-probs (n, T) of scales cached + 1 .. to_scale; keys and values are read from and left in `keys`."""
         weights, tables = self.weights, self.tables
         boundaries = list(self.config.boundaries[: to_scale + 1])
         first, end = boundaries[cached], boundaries[to_scale]
@@ -335,8 +335,10 @@ class Engine:
             return ops.scale_causal_attention(q, *where, boundaries, softmax_scale=weights.softmax_scale).flatten(2)
 
         # A copy of each row's class vectors is smaller than its activations, and saves a CPU many small look-ups.
-        vectors, row_class = (tables.vectors[row_class], None) if self._side_by_side else (tables.vectors, row_class)
-        u = run_blocks(weights, stream[own], vectors, row_class, attend)
+        if self._side_by_side:
+            u = run_blocks(weights, stream[own], tables.vectors[row_class], None, attend)
+        else:
+            u = run_blocks(weights, stream[own], tables.vectors, row_class, attend)
         targets = candidates.tokens[candidates.source[rows], first:end]
         return ops.token_log_prob(u.flatten(0, 1), *weights.head, targets.flatten()).view(targets.shape)
 
@@ -386,19 +388,3 @@ def agreeing_scales(config: VARConfig, clean: Tensor, other: Tensor) -> Tensor:
     equal = clean == other
     whole = [equal[:, a:b].all(1) for a, b in itertools.pairwise(config.boundaries)]
     return torch.stack(whole, dim=1).long().cumprod(1).sum(1)
-
-
-def _let_malloc_keep_memory() -> None:
-    """Spare chunks the page faults of memory that was given back to the system and is asked for again.
-
-    glibc gives back what lies free beyond twice the largest block freed so far, up to 32 MiB a block; its tables say so
-    in mallopt(3), under M_TRIM_THRESHOLD. Freeing one such block, which is never touched, lets it keep 62 MiB. Chunks
-    of a small model ran 1.15 times faster for it. Without effect on other allocators, and where the user has set it.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def _default_cache_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
-    return CPU_CACHE_BYTES

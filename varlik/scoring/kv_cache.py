@@ -130,7 +130,8 @@ class InPlace:
         self._cache, self._slots = cache, slots
 
     def open(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        return (*self._cache.arenas[layer].unbind(1), self._slots)
+        keys, values = self._cache.arenas[layer].unbind(1)
+        return keys, values, self._slots
 
     def close(self, layer: int) -> None:
         pass
@@ -143,7 +144,7 @@ class SideBySide:
     """
 
     def __init__(self, cache: PagedCache, cached: Tensor, kept: Tensor, length: int):
-        """`cached` and `kept` are the slots (R, tokens) of pages to read and, right after them, to write; `length` = L."""
+        """For rows of `length` tokens: `cached` (R, n) are slots to read, `kept` (R, m) to write those right after."""
         self._cache, self._cached, self._kept = cache, cached, kept.flatten()
         arena, rows = cache.arenas[0], len(cached)
         buffer = arena.new_full((rows, length, *arena.shape[1:]), torch.nan)

@@ -13,7 +13,6 @@ from varlik import ops
 from varlik.models.config import VARConfig
 from varlik.models.var import MAX_LOG_SCALE, VAR, Block
 
-
 # Matrices laid out as (in, out) are multiplied up to 1.08 times faster on a CPU; below this size the copy costs little.
 COPIED_PARAMETERS = 2**23
 
@@ -68,17 +67,15 @@ def run_blocks(
     (R, T, 3C), and returns (R, T, C).
     """
 
-    def of_class(i: int, *which: int) -> tuple[Tensor, ...]:
-        return tuple(vectors[:, 6 * i + j] for j in which)
-
-    # In the order of `ClassVectors.blocks`: gates 0 and 1, scales 2 and 3, shifts 4 and 5. The head has scale and shift.
-    u = ops.ada_layer_norm(x, *of_class(0, 2, 4), row_class)
-    depth = len(weights.blocks)
+    u = ops.ada_layer_norm(x, vectors[:, 2], vectors[:, 4], row_class)
     for i, block in enumerate(weights.blocks):
+        # In the order of `ClassVectors.blocks`: gates, scales, shifts of attention and MLP.
+        gate1, gate2, _, scale2, _, shift2 = vectors[:, 6 * i : 6 * i + 6].unbind(1)
         branch = ops.linear(attend(i, ops.linear(u, *block.qkv)), *block.proj)
-        x, u = ops.residual_ada_layer_norm(x, branch, *of_class(i, 0, 3, 5), row_class)
-        following = of_class(i + 1, 0, 1) if i + 1 == depth else of_class(i + 1, 2, 4)
-        x, u = ops.residual_ada_layer_norm(x, _mlp(u, block), *of_class(i, 1), *following, row_class)
+        x, u = ops.residual_ada_layer_norm(x, branch, gate1, scale2, shift2, row_class)
+        last = i + 1 == len(weights.blocks)
+        scale, shift = vectors[:, -2:].unbind(1) if last else (vectors[:, 6 * i + 8], vectors[:, 6 * i + 10])
+        x, u = ops.residual_ada_layer_norm(x, _mlp(u, block), gate2, scale, shift, row_class)
     return u
 
 
