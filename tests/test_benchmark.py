@@ -171,3 +171,19 @@ def test_command_prints_no_figures_for_wrong_scores(run, monkeypatch):
     assert (code, out) == (2, "")
     assert "no figures" in err
     assert len(err.splitlines()) == 1
+
+
+def test_profile_accounts_for_all_time_and_work():
+    report = benchmarks.run(WORK, repeats=1, memory=False)
+    names = [op.name for op in report.profile]
+    assert names[-1] == "other"
+    assert {"linear 128 -> 384", "scale_causal_attention", "token_log_prob", "qk_norm"} <= set(names)
+    assert [op.seconds for op in report.profile[:-1]] == sorted(
+        (op.seconds for op in report.profile[:-1]), reverse=True
+    )
+    assert all(op.seconds > 0 for op in report.profile)
+    # All matrix products but the embedding of the inputs, which is no op of ours.
+    engine = next(row for row in report.rows if row.name == ENGINE)
+    config = varlik.load("fashion-mnist").var.config
+    embedding = 2 * (config.num_tokens - 1) * config.codebook_dim * config.embed_dim
+    assert sum(op.flops for op in report.profile) == engine.flops - embedding

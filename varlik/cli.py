@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import varlik
+
+if TYPE_CHECKING:
+    from varlik.evaluation.profile import OpTime
 
 app = typer.Typer(
     name="varlik",
@@ -233,6 +236,7 @@ def benchmark(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each way is timed; medians are reported.")] = 5,
     device: Device = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the engine's time goes, op by op.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the result in this PNG file; needs varlik[plots].")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
     as_json: AsJson = False,
@@ -262,6 +266,8 @@ def benchmark(
         speed = (f"{row.seconds:.4g}", f"{row.times_faster:.2f}", f"{row.tokens:.0f}", f"{row.flops / 1e9:.4g}")
         table.add_row(row.name, *speed, f"{row.gflops:.1f}", f"{100 * row.share:.0f} %", megabytes)
     console.print(table)
+    if profile:
+        console.print(_profile_table(report.profile, report.peak_gflops))
     where = report.machine
     lines = [
         f"seconds: medians of {report.repeats} for all images; tokens, GFLOP: per image; MB: peak beyond the weights",
@@ -273,6 +279,18 @@ def benchmark(
     ]
     for line in (*report.notes, *lines):
         console.print(escape(line), highlight=False)
+
+
+def _profile_table(profile: tuple[OpTime, ...], peak: float) -> Table:
+    table = Table("op", title="engine, one more run")
+    for heading in ("calls", "of time", "GFLOP/s", "of peak"):
+        table.add_column(heading, justify="right")
+    total = sum(op.seconds for op in profile)
+    for op in profile:
+        rate = op.flops / op.seconds / 1e9
+        speed = (f"{rate:.0f}", f"{100 * rate / peak:.0f} %") if op.flops else ("", "")
+        table.add_row(op.name, str(op.calls), f"{100 * op.seconds / total:.1f} %", *speed)
+    return table
 
 
 def _giga(number: int) -> str:

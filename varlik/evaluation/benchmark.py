@@ -31,6 +31,7 @@ from torch import Tensor
 
 from varlik import reference
 from varlik.evaluation.machine import Machine, machine, physical_memory, status
+from varlik.evaluation.profile import OpTime, profile
 from varlik.evaluation.ways import BATCHED, ENGINE, NAIVE, VARIANTS, Bench, Scores, Work, prepare
 from varlik.flops import count_live
 
@@ -63,14 +64,15 @@ class Row:
 class Report:
     """Rows of one run, and what is needed to read them.
 
-    `peak_gflops` per second of a float32 matrix product, the median; `tables_seconds` to build the tables of all
-    classes, once per model, which is in no row.
+    `profile`: where the engine's time went in one more run, op by op; `peak_gflops` per second of a float32 matrix
+    product, the median; `tables_seconds` to build the tables of all classes, once per model, which is in no row.
     """
 
     work: Work
     machine: Machine
     repeats: int
     rows: tuple[Row, ...]
+    profile: tuple[OpTime, ...]
     peak_gflops: float
     tables_seconds: float
     notes: tuple[str, ...]
@@ -132,6 +134,7 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
         machine=machine(bench.classifier.device),
         repeats=repeats,
         rows=tuple(rows),
+        profile=tuple(profile(partial(VARIANTS[ENGINE], bench))),
         peak_gflops=statistics.median(peaks),
         tables_seconds=tables_seconds,
         notes=tuple(notes),
