@@ -247,3 +247,31 @@ def test_pages_come_back_even_after_an_interruption(classifier, images, monkeypa
         with pytest.raises(KeyboardInterrupt):
             classifier.classify(images, cascade="2:5,4:1")
     assert classifier.engine.cache.pages_held == held
+
+
+def test_a_stage_that_drops_nobody_is_scored_with_the_next(classifier, images):
+    prediction = classifier.classify(images, cascade="2:7,3:2,4:1")
+    first, second, third = prediction.stages
+    assert [stage.tokens.tolist() for stage in prediction.stages] == [[7 * 13] * 2, [0, 0], [2 * 16] * 2]
+    for stage, scales in ((first, 2), (second, 3)):
+        expected = classifier.log_likelihood(images, scales=scales).gather(1, stage.labels)
+        torch.testing.assert_close(stage.log_likelihood, expected, rtol=1e-5, atol=0)
+    assert torch.equal(third.labels, second.labels.gather(1, second.log_likelihood.topk(2).indices))
+    torch.testing.assert_close(
+        third.log_likelihood, classifier.log_likelihood(images).gather(1, third.labels), rtol=1e-5, atol=0
+    )
+    assert classifier.engine.cache.pages_held == len(classifier.engine.tables)
+
+
+def test_samples_equal_to_the_clean_image_cost_nothing(classifier, images):
+    """With next to no noise all tokens agree, and every sample shares the clean one's scores."""
+    tokens = classifier.tokenize(images)
+    once = classifier.classify(tokens, cascade="4:1")
+    thrice = classifier.classify(tokens, cascade="4:3,4x3:1", sigma=1e-9)
+    assert thrice.cost.tokens.tolist() == once.cost.tokens.tolist()
+    best = thrice.classes.unsqueeze(1)
+    torch.testing.assert_close(
+        thrice.log_likelihood.gather(1, best), once.log_likelihood.gather(1, best), rtol=1e-6, atol=0
+    )
+    smoothed = classifier.smoothed_log_likelihood(tokens, samples=3, sigma=1e-9)
+    torch.testing.assert_close(smoothed, once.log_likelihood, rtol=1e-6, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -398,3 +399,24 @@ def test_shared_prefix_refusals(var, samples):
         engine.fork(engine.open(samples[0], all_classes(), shared_prefix=2), samples[1], 1)
     with pytest.raises(MemoryError, match="shared_prefix"):
         ready(var, max_memory=0).open(samples[0], all_classes(), shared_prefix=2)
+
+
+def test_memory_is_flat_in_the_number_of_classes(samples, monkeypatch, tmp_path):
+    """But for the scores of a row: activations, keys and logits are a chunk's, however many classes there are."""
+    var = make_model(replace(CONFIG, num_classes=200))
+    engine = Engine(var)
+    engine.prepare(torch.arange(200))
+    monkeypatch.setitem(memory_module.CHUNK_BYTES, "cpu", 100_000)
+    monkeypatch.setattr(memory_module, "CHUNK_TOKENS", 1)
+
+    def peak(classes: int) -> int:
+        rows = engine.open(samples[0][:1], torch.arange(classes).unsqueeze(0))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            engine.advance(rows, 4, retain=0)
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        return max(itertools.accumulate(e["args"]["Bytes"] for e in events if e["name"] == "[memory]"))
+
+    few, many = peak(50), peak(200)
+    assert few > 50_000
+    assert many - few < 150 * 64  # indices of the rows still to be scored
