@@ -181,7 +181,7 @@ def test_profile_accounts_for_all_time_and_work():
     assert [op.seconds for op in report.profile[:-1]] == sorted(
         (op.seconds for op in report.profile[:-1]), reverse=True
     )
-    assert all(op.seconds > 0 for op in report.profile)
+    assert all(op.seconds > 0 for op in report.profile[:-1])
     # All matrix products but the embedding of the inputs, which is no op of ours.
     engine = next(row for row in report.rows if row.name == ENGINE)
     config = varlik.load("fashion-mnist").var.config

@@ -282,7 +282,7 @@ def benchmark(
 
 
 def _profile_table(profile: tuple[OpTime, ...], peak: float) -> Table:
-    table = Table("op", title="engine, one more run")
+    table = Table("op", title="engine, op by op")
     for heading in ("calls", "of time", "GFLOP/s", "of peak"):
         table.add_column(heading, justify="right")
     total = sum(op.seconds for op in profile)

@@ -64,7 +64,7 @@ class Row:
 class Report:
     """Rows of one run, and what is needed to read them.
 
-    `profile`: where the engine's time went in one more run, op by op; `peak_gflops` per second of a float32 matrix
+    `profile`: where the engine's time goes, op by op, from two more runs; `peak_gflops` per second of a float32 matrix
     product, the median; `tables_seconds` to build the tables of all classes, once per model, which is in no row.
     """
 
