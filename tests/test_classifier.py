@@ -275,3 +275,10 @@ def test_samples_equal_to_the_clean_image_cost_nothing(classifier, images):
     )
     smoothed = classifier.smoothed_log_likelihood(tokens, samples=3, sigma=1e-9)
     torch.testing.assert_close(smoothed, once.log_likelihood, rtol=1e-6, atol=0)
+
+
+def test_no_image_is_refused(classifier, images):
+    tokens = classifier.tokenize(images)
+    for call in (classifier.log_likelihood, classifier.classify, classifier.token_log_prob):
+        with pytest.raises(ValueError, match="at least one image"):
+            call(tokens[:0])

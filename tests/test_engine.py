@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from torch import Tensor
 
 from varlik import reference
 from varlik.models.config import VARConfig, VQVAEConfig
@@ -19,7 +20,7 @@ from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.models.var import VAR
 from varlik.scoring import memory as memory_module
 from varlik.scoring.engine import Engine
-from varlik.scoring.kv_cache import PagedCache
+from varlik.scoring.kv_cache import PagedCache, SideBySide
 from varlik.tokens import TokenMaps
 
 PATCH_NUMS = (1, 2, 3, 4)
@@ -95,6 +96,9 @@ def check(rows, truth):
     there = torch.arange(CONFIG.num_scales) < rows.scored.unsqueeze(1)
     assert torch.equal(torch.isfinite(rows.log_likelihood), there)
     torch.testing.assert_close(rows.log_likelihood[there].double(), wanted[there], rtol=1e-5, atol=0)
+    if rows.token_log_prob is not None:
+        parts = [rows.per_token()[:, a:b].double().sum(1) for a, b in itertools.pairwise(CONFIG.boundaries)]
+        torch.testing.assert_close(torch.stack(parts, 1)[there], wanted[there], rtol=1e-5, atol=0)
 
 
 def all_classes(count=IMAGES):
@@ -130,7 +134,7 @@ def test_any_order_of_work_gives_the_same_scores(var, samples, truth, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(memory_module.CHUNK_BYTES, "cpu", draw(st.sampled_from([1, 60_000, 2**30]), label="chunk bytes"))
         patch.setattr(memory_module, "CHUNK_TOKENS", 1)
-        rows = engine.open(samples[0][:count], labels)
+        rows = engine.open(samples[0][:count], labels, per_token=draw(st.booleans(), label="per token"))
         forked, scale = 1, 1
         for _ in range(draw(st.integers(1, 6), label="steps")):
             action = draw(st.sampled_from(["advance", "keep", "fork"]))
@@ -221,9 +225,9 @@ def test_budget():
     assert memory_module.Budget.of(cpu, 1000) == memory_module.Budget(750, 250)
     assert 0 < memory_module.Budget.of(cpu, None).pages < memory_module.available_bytes(cpu)
     row = (8 * 29 + 2 * 30) * 32 * 4  # numbers of a token, keys and values
-    assert memory_module.Budget(0, 5 * row).chunk_rows(config, 1, 4, 4, cpu) == 5
-    assert memory_module.Budget(0, 0).chunk_rows(config, 1, 4, 4, cpu) == 1
-    wide = memory_module.Budget(0, 2**40).chunk_rows(config, 1, 4, 4, cpu)
+    assert memory_module.Budget(0, 5 * row).chunk_rows(config, 1, 4, 1, 4, cpu) == 5
+    assert memory_module.Budget(0, 0).chunk_rows(config, 1, 4, 1, 4, cpu) == 1
+    wide = memory_module.Budget(0, 2**40).chunk_rows(config, 1, 4, 1, 4, cpu)
     assert wide == memory_module.CHUNK_BYTES["cpu"] // row
 
 
@@ -291,27 +295,36 @@ def test_refusals(var, samples):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The cache against a model of it: a dictionary from page to (scale, holders)."""
+    """The cache against a model of it: a dictionary from page to [scale, holders, what is written there]."""
 
     def __init__(self):
         super().__init__()
         self.sizes = (1, 4, 9)
-        self.cache = PagedCache(1, 1, 2, self.sizes, max_slots=60)
-        self.model: dict[int, list[int]] = {}
+        self.cache = PagedCache(2, 1, 2, self.sizes, max_slots=60)
+        self.model: dict[int, list] = {}
+        self.limited: set[int] = set()
+        self.written = 0
 
-    @rule(scale=st.integers(0, 2), count=st.integers(1, 4), beyond=st.booleans())
-    def allocate(self, scale, count, beyond):
+    @rule(first=st.integers(0, 2), scales=st.integers(1, 3), count=st.integers(1, 4), beyond=st.booleans())
+    def allocate(self, first, scales, count, beyond):
+        wanted = range(first, min(3, first + scales))
+        room = self.cache.room(wanted)
         try:
-            pages = self.cache.allocate(scale, count, beyond).tolist()
+            pages = self.cache.allocate(wanted, count, beyond)
         except MemoryError:
             assert not beyond
+            assert room < count
             return
-        assert len(set(pages)) == count
-        for page in pages:
+        assert beyond or room >= count
+        assert pages.shape == (count, len(wanted))
+        for page, scale in zip(pages.flatten().tolist(), [*wanted] * count, strict=True):
             assert page not in self.model
-            self.model[page] = [scale, 1]
-        slots = self.cache.slots(torch.tensor(pages).unsqueeze(1)) if scale == 0 else torch.tensor(pages)
-        assert int(slots.max()) < self.cache.capacity
+            self.written += 1
+            self.model[page] = [scale, 1, self.written]
+            for arena in self.cache.arenas:
+                arena[page : page + self.sizes[scale]] = self.written
+            if not beyond:
+                self.limited.add(page)
 
     @rule(pick=st.integers(0, 100))
     def share(self, pick):
@@ -328,12 +341,23 @@ class CacheMachine(RuleBasedStateMachine):
             self.model[page][1] -= 1
             if not self.model[page][1]:
                 del self.model[page]
+                self.limited.discard(page)
 
     @invariant()
     def no_leak_and_no_alias(self):
         assert self.cache.pages_held == len(self.model)
-        spans = sorted((page, page + self.sizes[scale]) for page, (scale, _) in self.model.items())
+        assert self.cache.slots_held == sum(self.sizes[scale] for scale, *_ in self.model.values())
+        spans = sorted((page, page + self.sizes[scale]) for page, (scale, *_) in self.model.items())
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+        assert not spans or spans[-1][1] <= self.cache.capacity
+        assert all(page + self.sizes[self.model[page][0]] <= 60 for page in self.limited)
+        for page, (scale, _, value) in self.model.items():
+            assert all(arena[page : page + self.sizes[scale]].eq(value).all() for arena in self.cache.arenas)
+
+    @invariant()
+    def what_is_free_can_be_had(self):
+        if not self.model:
+            assert self.cache.room(range(3)) == 60 // sum(self.sizes)
 
 
 TestCache = CacheMachine.TestCase
@@ -420,3 +444,126 @@ def test_memory_is_flat_in_the_number_of_classes(samples, monkeypatch, tmp_path)
     few, many = peak(50), peak(200)
     assert few > 50_000
     assert many - few < 150 * 64  # indices of the rows still to be scored
+
+
+def test_arenas_and_chunks_start_as_nan():
+    cache = PagedCache(2, 1, 2, (1, 4), max_slots=10)
+    page = cache.allocate(range(1, 2), 1)
+    assert all(arena.isnan().all() for arena in cache.arenas)
+    keys, values, _ = SideBySide(cache, cache.slots(torch.tensor([[0]])), page.new_empty(1, 0), length=5).open(0)
+    assert keys.isnan().all()
+    assert values.isnan().all()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_pages_stay_within_the_limit(var, samples, truth, in_place, monkeypatch):
+    """However many chunks come and go, and whatever they take while they are at work."""
+    monkeypatch.setitem(memory_module.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(memory_module, "CHUNK_TOKENS", 1)
+    for memory in (0, 20_000):
+        engine = ready(var, in_place, max_memory=memory)
+        rows = engine.advance(engine.open(samples[0], all_classes()), 3)
+        check(rows, truth)
+        assert engine.cache.slots_held <= engine.cache.max_slots
+        kept = (rows.cached > 1).sum()
+        assert kept == (engine.cache.max_slots - len(engine.tables)) // (CONFIG.boundaries[3] - 1)
+        assert engine.cache.capacity <= engine.cache.max_slots + CONFIG.num_tokens
+
+
+def test_room_of_one_scale_serves_another(var, samples):
+    engine = ready(var, max_memory=20_000)
+    rows = engine.advance(engine.open(samples[0], all_classes()), 2)
+    few = engine.keep(rows, torch.arange(3))
+    engine.close(few)
+    again = ready(var, max_memory=20_000)
+    used, fresh = (e.advance(e.open(samples[0], all_classes()), 3) for e in (engine, again))
+    assert (used.cached == 3).sum() == (fresh.cached == 3).sum() > 0
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scores_are_right_after_arenas_failed_to_grow(var, samples, truth, in_place, monkeypatch):
+    engine = ready(var, in_place)
+    held = engine.cache.pages_held
+    rows = engine.open(samples[0], all_classes())
+    new_full, calls = Tensor.new_full, []
+
+    def scarce(self, *args, **kwargs):
+        if self.dim() == 4 and self is engine.cache.arenas[1] and not calls:
+            calls.append(self)
+            raise torch.cuda.OutOfMemoryError("no room for the second arena")
+        return new_full(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "new_full", scarce)
+    rows = engine.advance(rows, 3)
+    assert len(calls) == 1
+    check(rows, truth)
+    rows = engine.advance(rows, 4)
+    check(rows, truth)
+    engine.close(rows)
+    assert engine.cache.pages_held == held
+
+
+def test_prepare_goes_on_where_it_was_interrupted(var, samples, truth, monkeypatch):
+    engine = Engine(var)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.cache, "allocate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.prepare(torch.arange(3))
+    engine.prepare(torch.arange(CLASSES))
+    check(engine.advance(engine.open(samples[0], all_classes()), 4), truth)
+
+
+def test_candidates_that_are_used_up_are_refused(var, samples):
+    engine = ready(var)
+    held = engine.cache.pages_held
+    first = engine.advance(engine.open(samples[0], all_classes()), 3)
+    with pytest.raises(ValueError, match="at most once"):
+        engine.keep(first, torch.tensor([1, 1]))
+    second = engine.keep(first, torch.arange(5))
+    third = engine.fork(second, samples[1], 1)
+    engine.close(third)
+    for old in (first, second, third):
+        for call in (engine.close, lambda rows: engine.advance(rows, 4), lambda rows: engine.keep(rows, rows.label)):
+            with pytest.raises(ValueError, match="used up"):
+                call(old)
+    assert engine.cache.pages_held == held
+
+
+def test_more_refusals(var, samples):
+    engine = ready(var)
+    for wrong in (-1, CLASSES + 1):
+        labels = torch.full((IMAGES, 1), wrong)
+        for call in (engine.prepare, lambda x: engine.open(samples[0], x.view(IMAGES, 1))):
+            with pytest.raises(ValueError, match=f"from 0 to {CLASSES}"):
+                call(labels.flatten())
+    with pytest.raises(ValueError, match="another model"):
+        engine.open(replace(samples[0], patch_nums=(1, 2)), all_classes())
+    rows = engine.open(samples[0], all_classes())
+    learning = replace(samples[1], teacher_forcing_input=samples[1].teacher_forcing_input.clone().requires_grad_())
+    with pytest.raises(ValueError, match="require grad"):
+        engine.fork(rows, learning, 1)
+    with pytest.raises(ValueError, match="float16"):
+        Engine(copy.deepcopy(var).half())
+
+
+def test_other_dtypes(var, samples, truth):
+    """A float64 model, and a host process whose default is float64."""
+    double = copy.deepcopy(var).double()
+    engine = ready(double)
+    check(engine.advance(engine.open(samples[0], all_classes(), per_token=True), 4), truth)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        engine = ready(var)
+        check(engine.advance(engine.open(samples[0], all_classes(), per_token=True), 4), truth)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_nothing_to_score(var, samples):
+    engine = ready(var)
+    for count, classes in ((0, CLASSES), (IMAGES, 0)):
+        for prefix in (0, 2):
+            labels = all_classes()[:count, :classes]
+            rows = engine.open(samples[0][:count], labels, shared_prefix=prefix)
+            assert len(engine.advance(rows, 4)) == 0

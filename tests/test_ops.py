@@ -218,7 +218,8 @@ def test_linear(shape, dtype, activation):
     assert_as_good_as_torch(ours, plain_linear(*inputs, activation), exact)
     # Weights as (in, out) in memory, as the engine keeps those of small models.
     x, weight, bias = inputs
-    ours = ops.linear(x, weight.t().contiguous().t(), bias, activation=activation)
+    inputs = x, weight.t().contiguous().t(), bias
+    ours = ops.linear(*inputs, activation=activation)
     assert_as_good_as_torch(ours, plain_linear(*inputs, activation), exact)
 
 

@@ -185,7 +185,7 @@ class SampleScores:
         rows = self._candidates
         self._keep((rows.sample >= samples.start) & (rows.sample < samples.stop))
         rows = engine.advance(self._candidates, depth, retain)
-        found = torch.full((*live.shape, samples.stop), torch.nan, device=device)
+        found = torch.full((*live.shape, samples.stop), torch.nan, dtype=torch.float32, device=device)
         found[rows.image, rows.label, rows.sample] = rows.total(scales)
         return found.gather(1, labels.unsqueeze(-1).expand(-1, -1, samples.stop))[..., samples.start :]
 

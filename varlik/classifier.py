@@ -268,7 +268,7 @@ class VARClassifier:
         how = Smoothing(sigma, seed, aggregate)
         stage_scales = cascade.scales_of(self.var.config.num_scales)
         images, labels, _ = self._checked(images, classes, None)
-        log_prior = torch.zeros(self.null_class + 1, device=self.device)
+        log_prior = torch.zeros(self.null_class + 1, dtype=torch.float32, device=self.device)
         log_prior[labels] = _log_prior(prior, len(labels), self.device)
         batches = self._batches(images, len(labels), cascade.max_samples, stage_scales[0])
         results = [
@@ -345,6 +345,8 @@ class VARClassifier:
             raise ValueError(f"scales: expected 1 to {count}, got {scales}")
         labels = self.labels(classes)
         images = self.tokenize(images)
+        if not len(images):
+            raise ValueError("images: expected at least one image, got none")
         self.engine.prepare(labels)
         return images, labels, scales
 
@@ -369,13 +371,13 @@ class VARClassifier:
         column[labels] = torch.arange(len(labels), device=labels.device)
         last = stages[-1]
         shape = (len(last.labels), len(labels))
-        log_likelihood = torch.full(shape, torch.nan, device=labels.device)
+        log_likelihood = torch.full(shape, torch.nan, dtype=torch.float32, device=labels.device)
         log_likelihood.scatter_(1, column[last.labels], last.log_likelihood)
-        posterior = torch.zeros(shape, device=labels.device)
+        posterior = torch.zeros(shape, dtype=torch.float32, device=labels.device)
         posterior.scatter_(1, column[last.labels], (last.log_likelihood + log_prior[last.labels]).softmax(-1))
         # Later stages overwrite earlier ones: a class is ranked by the last stage it reached, then by its score there.
-        reached = torch.zeros(shape, device=labels.device)
-        score = torch.zeros(shape, device=labels.device)
+        reached = torch.zeros(shape, dtype=torch.float32, device=labels.device)
+        score = torch.zeros(shape, dtype=torch.float32, device=labels.device)
         for number, stage in enumerate(stages, start=1):
             columns = column[stage.labels]
             reached.scatter_(1, columns, float(number))
@@ -411,7 +413,7 @@ def _merge(parts: tuple[StageResult, ...]) -> StageResult:
 
 def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:
     if prior is None:
-        return torch.zeros(count, device=device)
+        return torch.zeros(count, dtype=torch.float32, device=device)
     values = torch.as_tensor(prior, dtype=torch.float32, device=device)
     if values.shape != (count,):
         raise ValueError(f"prior: expected {count} values, one per class, got shape {tuple(values.shape)}")

@@ -57,6 +57,8 @@ def profile(work: Callable[[], object]) -> list[OpTime]:
         work()
     started = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     total = time.perf_counter() - started
     ops = [OpTime(name, *numbers) for name, numbers in watch.found.items()]
     rest = max(0.0, total - sum(op.seconds for op in ops))

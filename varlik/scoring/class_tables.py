@@ -35,7 +35,7 @@ class ClassTables:
         self._row = torch.full((config.num_classes + 1,), -1, device=like.device)
         shapes = [(6 * config.depth + 2, config.embed_dim), *[(2, config.num_heads, config.head_dim)] * config.depth]
         vectors, *pages = (like.new_empty(0, *shape) for shape in shapes)
-        self._tables = [vectors, torch.empty(0, config.vocab_size, device=like.device), *pages]
+        self._tables = [vectors, torch.empty(0, config.vocab_size, dtype=torch.float32, device=like.device), *pages]
         self.seconds = 0.0
 
     @property
@@ -60,6 +60,7 @@ class ClassTables:
 
     def rows(self, labels: Tensor) -> Tensor:
         """Table rows of `labels` (...). Raises `ValueError` for classes that are not in the tables."""
+        self._check(labels)
         rows = self._row[labels]
         if (rows < 0).any():
             absent = sorted(set(labels[rows < 0].flatten().tolist()))
@@ -67,8 +68,9 @@ class ClassTables:
         return rows
 
     @torch.no_grad()
-    def extend(self, labels: Tensor) -> Tensor:
-        """Add those of `labels` (n,) that are missing and return the table rows that were added."""
+    def extend(self, labels: Tensor) -> None:
+        """Add those of `labels` (n,) that are missing. Raises `ValueError` for labels that the model lacks."""
+        self._check(labels)
         missing = labels[self._row[labels] < 0].unique()
         first, started = len(self), time.perf_counter()
         if len(missing):
@@ -81,7 +83,12 @@ class ClassTables:
             self._tables = grown
             self._row[missing] = torch.arange(first, len(self), device=missing.device)
         self.seconds += time.perf_counter() - started
-        return torch.arange(first, len(self), device=missing.device)
+
+    def _check(self, labels: Tensor) -> None:
+        last = len(self._row) - 1
+        low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+        if low < 0 or high > last:
+            raise ValueError(f"labels: expected classes from 0 to {last}, got {low} to {high}")
 
     def _build(self, labels: Tensor) -> tuple[Tensor, ...]:
         """Rows of all tables for `labels` (n,)."""

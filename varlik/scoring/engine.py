@@ -26,8 +26,6 @@ from varlik.scoring.memory import Budget, let_malloc_keep_memory
 from varlik.scoring.packed_weights import pack, run_blocks
 from varlik.tokens import TokenMaps
 
-# Activations of one chunk of rows, in bytes: what a CPU's caches hold, what keeps a GPU busy.
-
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -56,7 +54,7 @@ class Candidates:
     - `shared_prefix`: scales whose pages are the null class's, see `Engine.open`.
     """
 
-    engine: Engine = field(repr=False)
+    engine: Engine | None = field(repr=False)  # None when used up
     image: Tensor
     sample: Tensor
     label: Tensor
@@ -98,8 +96,10 @@ class Engine:
         """`max_memory` in bytes (default: 30 % of what is free) bounds pages and the chunk at work.
 
         Rows whose pages find no room are scored without keeping them; one row at a time is always scored. Tables come
-        on top.
+        on top. Raises `ValueError` for weights in half precision.
         """
+        if var.pos_start.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"var: expected float32 or float64 weights, got {var.pos_start.dtype}; call var.float()")
         with torch.inference_mode(False), torch.no_grad():
             self._build(var, max_memory)
 
@@ -127,13 +127,14 @@ class Engine:
     @_undisturbed
     def prepare(self, labels: Tensor) -> None:
         """Build the class tables of `labels` (n,) that are missing."""
-        added = self.tables.extend(labels)
-        if not len(added):
-            return
-        pages = self.cache.allocate(0, len(added), beyond_limit=True)
-        for layer in range(self.config.depth):
-            self.cache.arenas[layer][pages] = self.tables.pages[layer][added]
-        self._class_pages = torch.cat((self._class_pages, pages))
+        self.tables.extend(labels)
+        # Of all rows that have no page yet, whatever may have come between the two.
+        first = len(self._class_pages)
+        if first < len(self.tables):
+            pages = self.cache.allocate(range(1), len(self.tables) - first, beyond_limit=True)[:, 0]
+            for layer in range(self.config.depth):
+                self.cache.arenas[layer][pages] = self.tables.pages[layer][first:]
+            self._class_pages = torch.cat((self._class_pages, pages))
 
     @_undisturbed
     def open(self, images: TokenMaps, labels: Tensor, per_token: bool = False, shared_prefix: int = 0) -> Candidates:
@@ -142,13 +143,13 @@ class Engine:
         `shared_prefix=j` is an approximation, off by default: all classes of an image read one set of keys and values
         at scales 1..j, those of the null class, and only scales j + 1 and later are scored (the others count 0).
 
-        Raises `ValueError` for labels of another shape, classes that were not prepared and a prefix that leaves no
-        scale; `MemoryError` when the pages of a shared prefix find no room.
+        Raises `ValueError` for labels of another shape, classes that were not prepared, token maps of another model,
+        inputs that require grad and a prefix that leaves no scale; `MemoryError` when the pages of a shared prefix find
+        no room.
         """
         if labels.dim() != 2 or len(labels) != len(images):
             raise ValueError(f"labels: expected ({len(images)}, N), got {tuple(labels.shape)}")
-        if images.teacher_forcing_input.requires_grad:
-            raise ValueError("images: the engine takes no inputs that require grad; use the transformer itself")
+        self._check_images(images)
         count = labels.shape[1]
         image = torch.arange(len(images), device=labels.device).repeat_interleave(count)
         clean = torch.zeros_like(image)
@@ -177,42 +178,51 @@ class Engine:
         for cached in reached.unique().tolist():
             group = todo[reached == cached]
             like = self.weights.positions
-            size = self._budget.chunk_rows(self.config, cached, to_scale, like.element_size(), like.device)
+            layers = 1 if self._side_by_side else self.config.depth
+            size = self._budget.chunk_rows(self.config, cached, to_scale, layers, like.element_size(), like.device)
             start = 0
             while start < len(group):
                 chunks = -(-(len(group) - start) // size)  # as many as it takes, all of nearly the same size
                 rows = group[start : start + -(-(len(group) - start) // chunks)]
                 try:
                     self._advance_chunk(candidates, rows, cached, to_scale, retain)
+                    start += len(rows)
+                    continue
                 except torch.cuda.OutOfMemoryError:
                     if len(rows) == 1:
                         raise
-                    size = len(rows) // 2
-                    torch.cuda.empty_cache()
-                    continue
-                start += len(rows)
+                size = len(rows) // 2
+                torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the chunk
         return candidates
 
     @_undisturbed
     def keep(self, candidates: Candidates, rows: Tensor) -> Candidates:
-        """The rows (n,) of `candidates`, which is used up; the pages of all other rows become free."""
+        """The rows (n,) of `candidates`, which is used up; the pages of all other rows become free.
+
+        Raises `ValueError` for a row named twice.
+        """
         self._check(candidates)
         dropped = torch.ones(len(candidates), dtype=torch.bool, device=rows.device)
         dropped[rows] = False
-        self.cache.release(candidates.pages[dropped, 1:])
+        if int(dropped.sum()) != len(candidates) - len(rows):
+            raise ValueError("rows: expected every row at most once")
         kept: dict[str, Any] = {name: getattr(candidates, name)[rows] for name in _PER_ROW}
         per_token = None if candidates.token_log_prob is None else candidates.token_log_prob[rows]
-        return replace(candidates, token_log_prob=per_token, **kept)
+        left = replace(candidates, token_log_prob=per_token, **kept)
+        self.cache.release(candidates.pages[dropped, 1:])
+        candidates.engine = None
+        return left
 
     @_undisturbed
     def fork(self, candidates: Candidates, images: TokenMaps, sample: int) -> Candidates:
         """`candidates` and, for each of its clean rows, one of sample `sample`, whose token maps are `images` (all B).
 
-        Scores and pages are shared up to the last scale in which all tokens so far equal the clean ones.
-        Raises `ValueError` for sample 0 or one that is there already, for another number of images, and for rows with a
-        shared prefix, whose pages are no sample's own.
+        Scores and pages are shared up to the last scale in which all tokens so far equal the clean ones. `candidates`
+        is used up. Raises `ValueError` for sample 0 or one that is there already, for fewer images than there are, for
+        images that `open` refuses, and for rows with a shared prefix, whose pages are no sample's own.
         """
         self._check(candidates)
+        self._check_images(images)
         if candidates.shared_prefix:
             raise ValueError("candidates: rows with a shared prefix cannot be forked")
         if len(candidates) and len(images) <= int(candidates.image.max()):
@@ -227,7 +237,7 @@ class Engine:
             label,
             image + len(candidates.tokens),
             torch.cat((candidates.tokens, images.tokens)),
-            torch.cat((candidates.inputs, images.teacher_forcing_input)),
+            torch.cat((candidates.inputs, images.teacher_forcing_input.to(candidates.inputs.dtype))),
             candidates.token_log_prob is not None,
         )
         agreeing = agreeing_scales(self.config, candidates.tokens[candidates.source[clean]], new.tokens[new.source])
@@ -236,29 +246,37 @@ class Engine:
         per_token = None
         if candidates.token_log_prob is not None and new.token_log_prob is not None:
             per_token = torch.cat((candidates.token_log_prob, new.token_log_prob))
+        candidates.engine = None
         return replace(new, token_log_prob=per_token, **merged)
 
     @_undisturbed
     def close(self, candidates: Candidates) -> None:
-        """Free the pages of all rows."""
+        """Free the pages of all rows of `candidates`, which is used up."""
         self._check(candidates)
+        candidates.engine = None
         self.cache.release(candidates.pages[:, 1:])
-        candidates.pages[:, 1:] = NO_PAGE
-        candidates.cached.fill_(1)
 
     def _check(self, candidates: Candidates) -> None:
+        if candidates.engine is None:
+            raise ValueError("candidates: used up by keep, fork or close; go on with what that returned")
         if candidates.engine is not self:
             raise ValueError("candidates: rows of another engine")
+
+    def _check_images(self, images: TokenMaps) -> None:
+        if images.patch_nums != self.config.patch_nums:
+            raise ValueError(f"images: token maps of another model, with scales {images.patch_nums}")
+        if images.teacher_forcing_input.requires_grad:
+            raise ValueError("images: the engine takes no inputs that require grad; use the transformer itself")
 
     def _rows(self, image, sample, label, source, tokens, inputs, per_token: bool) -> Candidates:
         table_rows = self.tables.rows(label)
         count, config = len(label), self.config
         first = self.tables.first_log_prob[table_rows, tokens[source, 0]]
-        log_likelihood = torch.full((count, config.num_scales), torch.nan, device=label.device)
+        log_likelihood = torch.full((count, config.num_scales), torch.nan, dtype=torch.float32, device=label.device)
         log_likelihood[:, 0] = first
         token_log_prob = None
         if per_token:
-            token_log_prob = torch.full((count, config.num_tokens), torch.nan, device=label.device)
+            token_log_prob = torch.full((count, config.num_tokens), torch.nan, dtype=torch.float32, device=label.device)
             token_log_prob[:, 0] = first
         pages = torch.full((count, config.num_scales), NO_PAGE, device=label.device)
         pages[:, 0] = self._class_pages[table_rows]
@@ -276,7 +294,7 @@ class Engine:
             pages=pages,
             evaluated=torch.zeros_like(label),
             tokens=tokens,
-            inputs=inputs,
+            inputs=inputs.to(self.weights.positions.dtype),
         )
 
     def _advance_chunk(
@@ -284,29 +302,31 @@ class Engine:
     ) -> None:
         """Score `rows` (n,), all of which have pages for exactly `cached` scales."""
         # Keys of the last scale are read by no other scale.
-        kept = min(to_scale, self.config.num_scales - 1 if retain is None else retain)
+        kept = min(to_scale, self.config.num_scales - 1, to_scale if retain is None else retain)
         if kept <= cached or self.cache.room(range(cached, kept)) < len(rows):
             kept = cached
         # What need not be kept takes pages only where kernels attend to keys in the arenas.
         paged = kept if self._side_by_side else to_scale
         pages = candidates.pages[rows, :paged]
-        for k in range(cached, paged):
-            pages[:, k] = self.cache.allocate(k, len(rows), beyond_limit=k >= kept)
+        pages[:, cached:] = NO_PAGE
+        boundaries = self.config.boundaries[cached : to_scale + 1]
         try:
+            pages[:, cached:kept] = self.cache.allocate(range(cached, kept), len(rows))
+            pages[:, kept:] = self.cache.allocate(range(kept, paged), len(rows), beyond_limit=True)
             log_prob = self._forward(candidates, rows, self._chunk_keys(pages, cached, to_scale), cached, to_scale)
+            by_scale = log_prob.double().split([b - a for a, b in itertools.pairwise(boundaries)], dim=1)
+            scores, log_prob = torch.stack([part.sum(1) for part in by_scale], 1).float(), log_prob.float()
         except BaseException:
             self.cache.release(pages[:, cached:])
             raise
         self.cache.release(pages[:, kept:])
+        candidates.log_likelihood[rows, cached:to_scale] = scores
+        if candidates.token_log_prob is not None:
+            candidates.token_log_prob[rows, boundaries[0] : boundaries[-1]] = log_prob
+        candidates.evaluated[rows] += log_prob.shape[1]
         candidates.pages[rows, :kept] = pages[:, :kept]
         candidates.cached[rows] = kept
         candidates.scored[rows] = to_scale
-        candidates.evaluated[rows] += log_prob.shape[1]
-        boundaries = self.config.boundaries[cached : to_scale + 1]
-        by_scale = log_prob.double().split([b - a for a, b in itertools.pairwise(boundaries)], dim=1)
-        candidates.log_likelihood[rows, cached:to_scale] = torch.stack([part.sum(1) for part in by_scale], 1).float()
-        if candidates.token_log_prob is not None:
-            candidates.token_log_prob[rows, boundaries[0] : boundaries[-1]] = log_prob
 
     def _chunk_keys(self, pages: Tensor, cached: int, to_scale: int) -> ChunkKeys:
         """Access to the keys and values of `pages` (n, k), of which the first `cached` scales are written."""
@@ -364,23 +384,31 @@ class Engine:
         """Let all rows of an image hold the null class's pages of scales 1..`prefix`."""
         if not 1 <= prefix < self.config.num_scales:
             raise ValueError(f"shared_prefix: expected 0 to {self.config.num_scales - 1}, got {prefix}")
+        rows.shared_prefix = prefix
+        if not len(rows):
+            return
         null = torch.full((len(images), 1), self.config.null_class, device=rows.label.device)
         self.prepare(null[:1, 0])
-        owner = self.advance(self.open(images, null), prefix)
-        if int(owner.cached.min()) < prefix:
+        owner = self.open(images, null)
+        try:
+            self.advance(owner, prefix)
+            if int(owner.cached.min()) < prefix:
+                raise MemoryError(f"shared_prefix: no room for the pages of {prefix} scales of {len(images)} images")
+            self._read_pages_of(owner, rows, prefix)
+        finally:
             self.close(owner)
-            raise MemoryError(f"shared_prefix: no room for the pages of {prefix} scales of {len(images)} images")
+
+    def _read_pages_of(self, owner: Candidates, rows: Candidates, prefix: int) -> None:
+        """Let `rows` hold the first `prefix` pages of their image's row in `owner`, in place of scores of their own."""
         rows.pages[:, :prefix] = owner.pages[rows.image, :prefix]
         self.cache.share(rows.pages[:, 1:prefix])
         rows.log_likelihood[:, :prefix] = 0
         if rows.token_log_prob is not None:
             rows.token_log_prob[:, : self.config.boundaries[prefix]] = 0
-        rows.shared_prefix = prefix
         rows.scored.fill_(prefix)
         rows.cached.fill_(prefix)
-        first_of_image = torch.arange(0, len(rows), len(rows) // len(images), device=rows.label.device)
+        first_of_image = torch.arange(0, len(rows), len(rows) // len(owner), device=rows.label.device)
         rows.evaluated[first_of_image] = owner.evaluated
-        self.close(owner)
 
 
 def agreeing_scales(config: VARConfig, clean: Tensor, other: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 A page holds the keys and values of one row at one scale, in every layer. Pages are runs of slots in one arena per
 layer; a page's number is its first slot, so dropping, forking and sharing rows edits numbers and copies nothing.
-Pages are counted, because rows may share them, and a page that nobody holds is given out again.
+Pages are counted, because rows may share them; the slots of those that nobody holds are given out again, at any scale.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Protocol
 
 import torch
@@ -39,45 +38,65 @@ class PagedCache:
         self.arenas = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._holders: dict[int, int] = {}
         self._scale_of: dict[int, int] = {}
-        self._free: dict[int, list[int]] = defaultdict(list)
-        self._used_slots = 0  # high-water mark: slots below it belong to some page, held or free
+        self._gaps: list[tuple[int, int]] = []  # runs (first, end) of slots that no held page covers, in order
 
     @property
     def capacity(self) -> int:
-        """Slots that the arenas hold now."""
-        return len(self.arenas[0])
+        """Slots that all arenas hold now."""
+        return min(len(arena) for arena in self.arenas)
 
     @property
     def pages_held(self) -> int:
         """Pages that somebody holds."""
         return len(self._holders)
 
-    def room(self, scales: range) -> int:
-        """How many rows could still get a page at each of `scales`, of which there is at least one."""
-        fresh = max(0, self.max_slots - self._used_slots) // sum(self.page_sizes[k] for k in scales)
-        return fresh + min(len(self._free[k]) for k in scales)
+    @property
+    def slots_held(self) -> int:
+        """Slots of the pages that somebody holds."""
+        return sum(self.page_sizes[scale] for scale in self._scale_of.values())
 
-    def allocate(self, scale: int, count: int, beyond_limit: bool = False) -> Tensor:
-        """First slots (count,) of `count` pages of one scale, each held once.
+    def room(self, scales: range) -> int:
+        """How many rows could get a page at each of `scales`, of which there is at least one, within `max_slots`."""
+        size = sum(self.page_sizes[k] for k in scales)
+        ends = [(first, min(end, self.max_slots)) for first, end in self._open_gaps(self.max_slots)]
+        return sum(max(0, end - first) // size for first, end in ends)
+
+    def allocate(self, scales: range, count: int, beyond_limit: bool = False) -> Tensor:
+        """Pages (count, len(scales)) of so many rows, one of each scale, each held once.
 
         Raises `MemoryError` when they would pass `max_slots`, unless they may go `beyond_limit`: pages of classes, and
-        those of the chunk at work.
+        those of the chunk at work. Nothing is taken if that fails or the arenas cannot grow.
         """
-        free = self._free[scale]
-        reused = [free.pop() for _ in range(min(count, len(free)))]
-        size = self.page_sizes[scale]
-        first = self._used_slots
-        needed = first + (count - len(reused)) * size
-        if needed > max(first, self.max_slots) and not beyond_limit:
-            free.extend(reused)
-            raise MemoryError(f"{count} pages of scale {scale + 1} need {needed} slots of {self.max_slots}")
-        self._grow(needed)
-        pages = reused + list(range(first, needed, size))
-        self._used_slots = needed
-        for page in pages:
-            self._holders[page] = 1
-            self._scale_of[page] = scale
+        sizes = [self.page_sizes[k] for k in scales]
+        if not count or not sizes:
+            return torch.empty(count, len(sizes), dtype=torch.int64, device=self.arenas[0].device)
+        if not beyond_limit and self.room(scales) < count:
+            raise MemoryError(f"no room for pages of {count} rows at {len(sizes)} scales in {self.max_slots} slots")
+        limit = self.capacity + count * sum(sizes) if beyond_limit else self.max_slots
+        firsts: list[int] = []
+        gaps = []
+        for first, end in self._open_gaps(limit):
+            fitting = max(0, min(end, limit) - first) // sum(sizes)
+            taken = min(count - len(firsts), fitting)
+            firsts.extend(range(first, first + taken * sum(sizes), sum(sizes)))
+            gaps.append((first + taken * sum(sizes), end))
+        self._grow(firsts[-1] + sum(sizes))
+        self._gaps = [(first, min(end, self.capacity)) for first, end in gaps if first < min(end, self.capacity)]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        pages = [[first + offset for offset in offsets] for first in firsts]
+        for row in pages:
+            for page, scale in zip(row, scales, strict=True):
+                self._holders[page] = 1
+                self._scale_of[page] = scale
         return torch.tensor(pages, dtype=torch.int64, device=self.arenas[0].device)
+
+    def _open_gaps(self, limit: int) -> list[tuple[int, int]]:
+        """Gaps, and the slots that the arenas could still grow by, up to `limit`."""
+        gaps = list(self._gaps)
+        if limit > self.capacity:
+            first = gaps.pop()[0] if gaps and gaps[-1][1] == self.capacity else self.capacity
+            gaps.append((first, limit))
+        return gaps
 
     def share(self, pages: Tensor) -> None:
         """Hold each of `pages` (any shape) once more; `NO_PAGE` entries are passed over."""
@@ -87,13 +106,21 @@ class PagedCache:
 
     def release(self, pages: Tensor) -> None:
         """Hold each of `pages` (any shape) once less; what nobody holds can be given out again."""
+        freed = []
         for page in pages.flatten().tolist():
             if page == NO_PAGE:
                 continue
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 del self._holders[page]
-                self._free[self._scale_of.pop(page)].append(page)
+                freed.append((page, page + self.page_sizes[self._scale_of.pop(page)]))
+        gaps: list[tuple[int, int]] = []
+        for first, end in sorted([*self._gaps, *freed]) if freed else ():
+            if gaps and gaps[-1][1] == first:
+                gaps[-1] = (gaps[-1][0], end)
+            else:
+                gaps.append((first, end))
+        self._gaps = gaps if freed else self._gaps
 
     def slots(self, pages: Tensor) -> Tensor:
         """Slots (R, tokens) of pages (R, k): those of the first k scales, token by token."""
@@ -103,13 +130,21 @@ class PagedCache:
         return torch.cat(columns, dim=1)
 
     def _grow(self, needed: int) -> None:
-        if needed <= self.capacity:
+        """Room for `needed` slots in every arena; those that have grown stay if a later one finds no memory."""
+        before = self.capacity
+        if needed <= before:
             return
-        capacity = max(needed, min(self.max_slots, 2 * self.capacity))
+        capacity = max(needed, min(self.max_slots, 2 * before))
         for layer, old in enumerate(self.arenas):
-            arena = old.new_full((capacity, *old.shape[1:]), torch.nan)
-            arena[: len(old)] = old
-            self.arenas[layer] = arena
+            if len(old) < capacity:
+                arena = old.new_full((capacity, *old.shape[1:]), torch.nan)
+                arena[: len(old)] = old
+                self.arenas[layer] = arena
+        # What has come on top is free.
+        if self._gaps and self._gaps[-1][1] == before:
+            self._gaps[-1] = (self._gaps[-1][0], self.capacity)
+        else:
+            self._gaps.append((before, self.capacity))
 
 
 class ChunkKeys(Protocol):

@@ -33,13 +33,16 @@ class Budget:
         pages = int(PAGES_SHARE * total)
         return cls(pages, total - pages)
 
-    def chunk_rows(self, config: VARConfig, cached: int, to_scale: int, itemsize: int, device: torch.device) -> int:
+    def chunk_rows(
+        self, config: VARConfig, cached: int, to_scale: int, layers: int, itemsize: int, device: torch.device
+    ) -> int:
         """Rows that go through scales `cached` + 1 to `to_scale` at a time, at least one.
 
-        A token takes 8 C numbers (stream, norm, joint projection, queries, branch), a key and a value 2 C.
+        A token takes 8 C numbers (stream, norm, joint projection, queries, branch), a key and a value 2 C in each of
+        the `layers` that hold theirs at a time.
         """
         new, seen = config.boundaries[to_scale] - config.boundaries[cached], config.boundaries[to_scale]
-        row_bytes = (8 * new + 2 * seen) * config.embed_dim * itemsize
+        row_bytes = (8 * new + 2 * layers * seen) * config.embed_dim * itemsize
         good = max(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes, -(-CHUNK_TOKENS // new))
         return max(1, min(good, self.chunk // row_bytes))
 
