@@ -16,6 +16,7 @@ import torch
 import varlik
 from benchmarks.model_card import check_against_reference
 from varlik.datasets import fashion_mnist
+from varlik.scoring.kv_cache import NO_PAGE
 
 BATCH = 50
 
@@ -58,7 +59,8 @@ def score(classifier: varlik.VARClassifier, images: varlik.TokenMaps, prefix: in
         rows = engine.advance(rows, engine.config.num_scales)
         scores.append(rows.total(engine.config.num_scales).view(len(batch), -1))
         tokens += int(rows.evaluated.sum())
-        slots += sum(len(rows.pages[:, k].unique()) * int(sizes[k]) for k in range(1, len(sizes)))
+        held = [rows.pages[:, k][rows.pages[:, k] != NO_PAGE].unique() for k in range(1, len(sizes))]
+        slots += sum(len(pages) * int(size) for pages, size in zip(held, sizes[1:], strict=True))
         engine.close(rows)
     return torch.cat(scores), tokens / len(images), slots / len(images)
 
