@@ -143,3 +143,12 @@ def test_convert_round_trip(run, pictures, tmp_path):
     _, first, _ = run("classify", pictures.paths[0], "--json")
     _, second, _ = run("classify", pictures.paths[0], "--json", "--model", tmp_path / "copy")
     assert json.loads(first)["images"] == json.loads(second)["images"]
+
+
+def test_profile_of_ops_that_took_no_time():
+    from varlik.cli import _profile_table
+    from varlik.evaluation.profile import OpTime
+
+    table = _profile_table((OpTime("linear 8 -> 8", 2, 0.5, 10**9), OpTime("other", 1, 0.0, 0)), peak=4.0)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[2:] == [["100.0 %", "0.0 %"], ["2", ""], ["50 %", ""]]

@@ -287,8 +287,8 @@ def _profile_table(profile: tuple[OpTime, ...], peak: float) -> Table:
         table.add_column(heading, justify="right")
     total = sum(op.seconds for op in profile)
     for op in profile:
-        rate = op.flops / op.seconds / 1e9
-        speed = (f"{rate:.0f}", f"{100 * rate / peak:.0f} %") if op.flops else ("", "")
+        rate = op.flops / op.seconds / 1e9 if op.flops else 0.0
+        speed = (f"{rate:.0f}", f"{100 * rate / peak:.0f} %") if rate else ("", "")
         table.add_row(op.name, str(op.calls), f"{100 * op.seconds / total:.1f} %", *speed)
     return table
 
