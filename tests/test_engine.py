@@ -350,6 +350,7 @@ class CacheMachine(RuleBasedStateMachine):
         spans = sorted((page, page + self.sizes[scale]) for page, (scale, *_) in self.model.items())
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         assert not spans or spans[-1][1] <= self.cache.capacity
+        assert self.cache.slots_held + sum(end - first for first, end in self.cache._gaps) == self.cache.capacity
         assert all(page + self.sizes[self.model[page][0]] <= 60 for page in self.limited)
         for page, (scale, _, value) in self.model.items():
             assert all(arena[page : page + self.sizes[scale]].eq(value).all() for arena in self.cache.arenas)

@@ -39,13 +39,13 @@ def accelerate(
     `module_or_state_dict` is such a module in eval mode (also compiled or data-parallel), or its state dict, nested and
     prefixed as checkpoints may be. Its float32 weights are shared, not copied (on a CPU, models of up to 8 M parameters
     get matrices of another layout beside them); weights of any other dtype are converted to a float32 copy, and scores
-    are float32. Everything stays on the device where the weights are. Nothing is drawn at
-    random, whereas the original's forward replaces labels by the null class with probability `cond_drop_rate` even in
-    eval mode, unless that is set to 0.
+    are float32. Everything stays on the device where the weights are. Nothing is drawn at random, whereas the
+    original's forward replaces labels by the null class with probability `cond_drop_rate` even in eval mode, unless
+    that is set to 0.
 
     `vqvae` adds `Accelerated.classifier`: the original's VQ-VAE module, its state dict or file, or a VQ-VAE of ours.
     `class_names` (one per class) and `preprocessing` belong to that classifier; they default to what the file of the
-    VQ-VAE says, else to ImageNet's. `max_memory` as `varlik.load` takes it.
+    VQ-VAE says, else to ImageNet's. `max_memory` is in bytes, as `varlik.load` takes it.
 
     Raises `TypeError` for other kinds of objects, `ValueError` for a module in training mode and for parts that do not
     belong together, `CheckpointError` (a `ValueError`) with the tensors that are missing or differ.

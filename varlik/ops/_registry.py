@@ -1,7 +1,7 @@
 """What all ops share: registration with torch, the choice of an implementation, checks of arguments, tiles.
 
-An op is registered once, with the chosen implementation as its last argument. So eager code, `torch.compile` and the
-FLOP counter see the same op whichever path runs.
+An op is registered once, with the chosen implementation as its last argument. So `torch.compile` and the FLOP counter
+see the same op whichever path runs; where nobody listens, `call` goes to the path directly.
 """
 
 from __future__ import annotations

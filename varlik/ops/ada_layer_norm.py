@@ -1,7 +1,7 @@
 """LayerNorm with a scale and a shift per class, alone or after a gated residual.
 
-Rows name their class by an index into tables that are computed once per model, so no row holds a copy of its class's
-vectors.
+Rows name their class by an index into tables that are computed once per model, so that no row need hold a copy of its
+class's vectors; or the tables have a row for each of them.
 """
 
 from __future__ import annotations

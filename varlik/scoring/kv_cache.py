@@ -72,7 +72,8 @@ class PagedCache:
             return torch.empty(count, len(sizes), dtype=torch.int64, device=self.arenas[0].device)
         if not beyond_limit and self.room(scales) < count:
             raise MemoryError(f"no room for pages of {count} rows at {len(sizes)} scales in {self.max_slots} slots")
-        limit = self.capacity + count * sum(sizes) if beyond_limit else self.max_slots
+        before = self.capacity
+        limit = before + count * sum(sizes) if beyond_limit else self.max_slots
         firsts: list[int] = []
         gaps = []
         for first, end in self._open_gaps(limit):
@@ -81,7 +82,9 @@ class PagedCache:
             firsts.extend(range(first, first + taken * sum(sizes), sum(sizes)))
             gaps.append((first + taken * sum(sizes), end))
         self._grow(firsts[-1] + sum(sizes))
-        self._gaps = [(first, min(end, self.capacity)) for first, end in gaps if first < min(end, self.capacity)]
+        if limit > before:  # the last gap reached into slots still to come: it ends where the arenas now do
+            gaps[-1] = (gaps[-1][0], self.capacity)
+        self._gaps = [(first, end) for first, end in gaps if first < end]
         offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         pages = [[first + offset for offset in offsets] for first in firsts]
         for row in pages:

@@ -66,7 +66,6 @@ def run_blocks(
     the r-th without `row_class`. `attend` is called once for each block, with its number and its joint projection
     (R, T, 3C), and returns (R, T, C).
     """
-
     u = ops.ada_layer_norm(x, vectors[:, 2], vectors[:, 4], row_class)
     for i, block in enumerate(weights.blocks):
         # In the order of `ClassVectors.blocks`: gates, scales, shifts of attention and MLP.
