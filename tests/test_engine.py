@@ -12,48 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tiny_model import CLASSES, CONFIG, IMAGES, PATCH_NUMS, SAMPLES, make_model, make_samples
 from torch import Tensor
 
 from varlik import reference
-from varlik.models.config import VARConfig, VQVAEConfig
-from varlik.models.quantizer import MultiScaleQuantizer
-from varlik.models.var import VAR
 from varlik.scoring import memory as memory_module
 from varlik.scoring.engine import Engine
+from varlik.scoring.graphs import Graphs, bucket
 from varlik.scoring.kv_cache import PagedCache, SideBySide
-from varlik.tokens import TokenMaps
-
-PATCH_NUMS = (1, 2, 3, 4)
-CONFIG = VARConfig(
-    depth=2, embed_dim=32, num_heads=2, patch_nums=PATCH_NUMS, vocab_size=20, codebook_dim=8, num_classes=6
-)
-CLASSES, IMAGES, SAMPLES = 6, 3, 3
-
-
-def make_model(config=CONFIG):
-    torch.manual_seed(0)
-    var = VAR(config)
-    with torch.no_grad():
-        for parameter in var.parameters():
-            parameter.normal_(std=0.2)
-    return var.eval()
-
-
-def make_samples():
-    """Token maps of three images, clean and twice perturbed: sample 1 agrees on two scales, sample 2 on none."""
-    torch.manual_seed(1)
-    quantizer = MultiScaleQuantizer(VQVAEConfig(channels=32, codebook_dim=8, vocab_size=20, patch_nums=PATCH_NUMS))
-    length = CONFIG.num_tokens
-    clean = torch.randint(20, (IMAGES, length))
-    some = clean.clone()
-    some[:, 7:] = torch.randint(20, (IMAGES, length - 7))
-    other = (clean + 1) % 20
-    keys, features = tuple(range(IMAGES)), torch.zeros(IMAGES, 8, 4, 4)
-    with torch.no_grad():
-        return [
-            TokenMaps(tokens, quantizer.teacher_forcing_input(tokens), features, keys, PATCH_NUMS)
-            for tokens in (clean, some, other)
-        ]
+from varlik.scoring.options import EngineOptions
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +51,7 @@ def truth(var, samples):
 
 def ready(var, in_place=False, **options):
     """With `in_place`, attention follows slots through the arenas, as on a GPU."""
-    engine = Engine(var, **options)
+    engine = Engine(var, EngineOptions(**options))
     engine._side_by_side = not in_place
     engine.prepare(torch.arange(CLASSES))
     return engine
@@ -118,6 +85,82 @@ def test_equals_reference_per_token(config, samples):
     for label in range(CLASSES):
         wanted = reference.token_log_prob(var, samples[0].tokens, samples[0].teacher_forcing_input, label)
         torch.testing.assert_close(rows.per_token()[rows.label == label], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_captured_passes_score_the_same(var, samples, truth):
+    """With a stand-in for CUDA's capture that runs the pass anew: padding, static inputs and keys are the real ones."""
+    runs = []
+
+    def capture(function, inputs):
+        outputs = tuple(tensor.clone() for tensor in function(*inputs))
+
+        def replay():
+            runs.append(len(inputs[0]))
+            for mine, new in zip(outputs, function(*inputs), strict=True):
+                mine.copy_(new)
+
+        return replay, outputs
+
+    engine = ready(var, in_place=True)
+    engine._graphs = Graphs(capture)
+    free = engine.cache.slots_held
+    for _ in range(2):
+        rows = engine.advance(engine.open(samples[0], all_classes(), per_token=True), 2)
+        rows = engine.keep(rows, torch.tensor([0, 2, 3, 7, 8, 13, 17]))
+        rows = engine.advance(engine.fork(rows, samples[1], 1), 4)
+        check(rows, truth)
+        engine.close(rows)
+    assert set(runs) == {24, 16}  # of 18 and 14 rows
+    assert len(engine._graphs) < len(runs)
+    assert engine.cache.slots_held == free
+    engine.warmup(5)
+    with pytest.raises(ValueError, match="rows: expected 1 or more, got 0"):
+        engine.warmup(0)
+
+
+def test_buckets():
+    assert [bucket(rows) for rows in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, 24]
+
+
+def test_graphs_give_up_the_least_recently_run(monkeypatch):
+    monkeypatch.setattr("varlik.scoring.graphs.MAX_GRAPHS", 2)
+    captured = []
+
+    def capture(function, inputs):
+        captured.append(int(inputs[0]))
+        return lambda: None, function(*inputs)
+
+    graphs = Graphs(capture)
+    for key in (1, 2, 1, 3, 1, 2):
+        assert graphs.run(key, lambda x: (x + 1,), torch.tensor(key)) == (key + 1,)
+    assert captured == [1, 2, 3, 2]
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_memory": 1.5}, TypeError, "max_memory: expected a whole number of bytes, got 1.5"),
+        ({"max_memory": -1}, ValueError, "max_memory: expected a number of bytes, 0 or more, got -1"),
+        ({"dtype": torch.int64}, TypeError, "dtype: expected one of torch.float16, "),
+        ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "torch" or "triton", got \'cuda\''),
+        ({"deterministic": True}, ValueError, "deterministic: needs Triton kernels, which cpu with torch.float32 does"),
+        ({"cuda_graphs": True}, ValueError, "cuda_graphs: needs a CUDA device, got cpu"),
+    ],
+)
+def test_refuses_options(var, options, error, message):
+    with pytest.raises(error) as found:
+        Engine(var, EngineOptions(**options))
+    assert str(found.value).startswith(message)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_products_in_half_precision(var, samples, truth, in_place):
+    engine = ready(var, in_place, dtype=torch.float16)
+    assert engine.cache.arenas[0].dtype == torch.float16
+    rows = engine.advance(engine.open(samples[0], all_classes()), 4)
+    wanted = truth[rows.sample, rows.image, rows.label]
+    torch.testing.assert_close(rows.log_likelihood.double(), wanted, rtol=5e-3, atol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -244,7 +287,7 @@ def test_pages_are_reused(var, samples):
 
 
 def test_memory_is_bounded_and_rows_still_scored(var, samples, truth):
-    engine = Engine(var, max_memory=0)
+    engine = Engine(var, EngineOptions(max_memory=0))
     engine.prepare(torch.arange(3))
     engine.advance(engine.open(samples[0], all_classes()[:, :3]), 4)
     engine.prepare(torch.arange(CLASSES))  # tables find room whatever chunks have used

@@ -9,11 +9,37 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
+from op_cases import (
+    BOUNDARIES,
+    EPS,
+    ada_layer_norm_backward_inputs,
+    ada_layer_norm_inputs,
+    assert_as_good_as_torch,
+    attention_backward_inputs,
+    attention_inputs,
+    double,
+    linear_inputs,
+    nearest_code_inputs,
+    plain_ada_layer_norm,
+    plain_attention,
+    plain_linear,
+    plain_nearest_code,
+    plain_qkv,
+    plain_residual_ada_layer_norm,
+    plain_token_log_prob,
+    qk_norm_backward_inputs,
+    qk_norm_inputs,
+    randn,
+    residual_inputs,
+    scale_log_prob_inputs,
+    strided,
+    token_log_prob_backward_inputs,
+    token_log_prob_inputs,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +47,6 @@ from varlik import ops
 from varlik.ops import _registry
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-EPS = 1e-6
 
 
 @pytest.fixture(autouse=True)
@@ -41,98 +66,7 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(_registry, "CPU_TILE_BYTES", 1000)
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def randint(high: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, in a tensor that is contiguous in no dimension."""
-    holder = torch.full([2 * n + 1 for n in reversed(x.shape)], float("nan") if x.is_floating_point() else 10**9)
-    view = holder.to(x.dtype).permute(*reversed(range(x.dim())))[tuple(slice(1, None, 2) for _ in x.shape)]
-    return view.copy_(x)
-
-
-def double(inputs: tuple) -> tuple:
-    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def assert_as_good_as_torch(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Error against float64 at most twice that of plain torch, plus rounding of the output."""
-    assert exact.dtype == torch.float64
-    assert ours.shape == exact.shape
-    assert ours.is_contiguous()
-    if not ours.numel():
-        return
-    # In float64 the reference is no more exact than ours: both err by a few roundings.
-    roundings = 16 if ours.dtype == torch.float64 else 1
-    rounding = roundings * torch.finfo(ours.dtype).eps * exact.abs().max()
-    budget = 2 * (plain.double() - exact).abs().max() + rounding
-    error = (ours.double() - exact).abs()
-    assert error.max() <= budget, f"error {error.max():.3e}, budget {budget:.3e}, first at {error.argmax()}"
-
-
-# Plain torch, in the dtype of its inputs.
-
-
-def plain_ada_layer_norm(x, scale, shift, row_class):
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[row_class])[:, None] + shift[row_class][:, None]
-
-
-def plain_residual_ada_layer_norm(x, branch, gate, scale, shift, row_class):
-    y = x + gate[row_class][:, None] * branch
-    return y, plain_ada_layer_norm(y, scale, shift, row_class)
-
-
-def plain_qkv(qkv, scale, heads):
-    """q, k and v, (R, T, H, D) each."""
-    rows, tokens, width = qkv.shape
-    q, k, v = qkv.reshape(rows, tokens, 3, heads, width // (3 * heads)).unbind(2)
-    if scale is not None:
-        q = F.normalize(q, dim=-1) * scale[:, None]
-        k = F.normalize(k, dim=-1)
-    return q, k, v
-
-
-def plain_attention(q, k_pages, v_pages, slots, boundaries, softmax_scale):
-    """With a dense mask."""
-    length = slots.shape[1]
-    scale_of = torch.bucketize(torch.arange(length), torch.tensor(boundaries[1:-1], dtype=torch.int64), right=True)
-    mask = (scale_of[:, None] >= scale_of)[length - q.shape[1] :]
-    logits = torch.einsum("rthd,rlhd->rhtl", q, k_pages[slots]) * softmax_scale
-    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
-    return torch.einsum("rhtl,rlhd->rthd", weights, v_pages[slots])
-
-
-def plain_token_log_prob(hidden, weight, bias, targets):
-    return F.log_softmax(F.linear(hidden, weight, bias), dim=-1).gather(1, targets[:, None])[:, 0]
-
-
-def plain_nearest_code(vectors, codebook):
-    distance = vectors.square().sum(1, keepdim=True) + codebook.square().sum(1)
-    return torch.addmm(distance, vectors, codebook.T, alpha=-2).argmin(1)
-
-
 # AdaLN
-
-
-def ada_layer_norm_inputs(rows=3, tokens=5, width=24, classes=4, dtype=torch.float32):
-    return (
-        3 * randn(rows, tokens, width, dtype=dtype) + 1,
-        randn(classes, width, seed=1, dtype=dtype),
-        randn(classes, width, seed=2, dtype=dtype),
-        randint(classes, rows),
-    )
-
-
-def residual_inputs(rows=3, tokens=5, width=24, classes=4, dtype=torch.float32):
-    x, scale, shift, row_class = ada_layer_norm_inputs(rows, tokens, width, classes, dtype)
-    branch, gate = randn(rows, tokens, width, seed=3, dtype=dtype), randn(classes, width, seed=4, dtype=dtype)
-    return x, branch, gate, scale, shift, row_class
 
 
 AdaLN_SHAPES = ((3, 5, 24, 4), (1, 1, 1, 1), (7, 1, 33, 2), (2, 3, 130, 9), (0, 3, 8, 2))
@@ -192,19 +126,6 @@ def test_ada_layer_norm_without_row_class_takes_one_table_row_each():
 # linear
 
 
-def linear_inputs(rows=3, tokens=5, width=16, out=24, dtype=torch.float32):
-    return (
-        randn(rows, tokens, width, dtype=dtype),
-        randn(out, width, seed=1, dtype=dtype),
-        randn(out, seed=2, dtype=dtype),
-    )
-
-
-def plain_linear(x, weight, bias, activation):
-    y = F.linear(x, weight, bias)
-    return F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
-
-
 @pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -240,19 +161,6 @@ def test_linear_refuses_an_activation():
 
 
 # qk_norm
-
-
-def qk_norm_inputs(rows=2, tokens=3, heads=2, head_dim=4, dtype=torch.float32, normalised=True):
-    length = tokens + 2  # of which the first two are there already
-    width, pages = heads * head_dim, rows * length + 5
-    slots = torch.randperm(pages, generator=torch.Generator().manual_seed(5))[: rows * length].view(rows, length)
-    return (
-        randn(rows, tokens, 3 * width, dtype=dtype),
-        randn(heads, seed=3, dtype=dtype) + 4 if normalised else None,
-        torch.full((pages, heads, head_dim), math.nan, dtype=dtype),
-        torch.full((pages, heads, head_dim), math.nan, dtype=dtype),
-        slots,
-    )
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -304,19 +212,6 @@ def test_qk_norm_refuses_rows_that_do_not_fit():
 
 
 # Attention
-
-BOUNDARIES = [0, 1, 5, 14]
-
-
-def attention_inputs(rows=2, heads=2, head_dim=8, boundaries=BOUNDARIES, start=0, dtype=torch.float32):
-    length = boundaries[-1]
-    pages = rows * length + 3
-    slots = torch.randperm(pages, generator=torch.Generator().manual_seed(6))[: rows * length].view(rows, length)
-    q = randn(rows, length - start, heads, head_dim, dtype=dtype)
-    pages_of = [torch.full((pages, heads, head_dim), math.nan, dtype=dtype) for _ in range(2)]
-    for i, tensor in enumerate(pages_of):
-        tensor[slots] = randn(rows, length, heads, head_dim, seed=i + 1, dtype=dtype)
-    return q, *pages_of, slots, boundaries
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -383,15 +278,6 @@ def test_attention_with_scales_merged_and_not(start, monkeypatch):
 # token_log_prob
 
 
-def token_log_prob_inputs(rows=9, width=16, vocabulary=40, dtype=torch.float32):
-    return (
-        randn(rows, width, dtype=dtype),
-        randn(vocabulary, width, seed=1, dtype=dtype),
-        randn(vocabulary, seed=2, dtype=dtype),
-        randint(vocabulary, rows),
-    )
-
-
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(9, 16, 40), (1, 1, 1), (5, 3, 1001), (33, 7, 5), (0, 3, 4)])
@@ -439,10 +325,6 @@ def test_token_log_prob_refuses_a_target_outside_the_vocabulary():
 # nearest_code
 
 
-def nearest_code_inputs(rows=50, width=6, vocabulary=40, dtype=torch.float32):
-    return randn(rows, width, dtype=dtype), randn(vocabulary, width, seed=1, dtype=dtype)
-
-
 @pytest.mark.parametrize("shape", [(50, 6, 40), (1, 1, 1), (0, 2, 3), (257, 32, 4096), (1021, 8, 1000)])
 def test_nearest_code_is_bitwise_the_plain_formula(shape):
     inputs = nearest_code_inputs(*shape)
@@ -488,11 +370,30 @@ def test_tiles(rows, row_bytes, sizes):
 CASES = {
     "ada_layer_norm": (ops.ada_layer_norm, ada_layer_norm_inputs, {}),
     "residual_ada_layer_norm": (ops.residual_ada_layer_norm, residual_inputs, {}),
+    "ada_layer_norm_backward": (ops.ada_layer_norm_backward, ada_layer_norm_backward_inputs, {}),
     "qk_norm": (ops.qk_norm, qk_norm_inputs, {}),
+    "split_qk_norm": (ops.split_qk_norm, lambda: (*qk_norm_inputs()[:2], 2), {}),
+    "qk_norm_backward": (ops.qk_norm_backward, qk_norm_backward_inputs, {}),
     "scale_causal_attention": (ops.scale_causal_attention, lambda: attention_inputs(start=5), {"softmax_scale": 0.5}),
+    "scale_causal_attention_backward": (
+        ops.scale_causal_attention_backward,
+        lambda: attention_backward_inputs(start=5),
+        {"softmax_scale": 0.5},
+    ),
     "linear": (ops.linear, linear_inputs, {"activation": "gelu_tanh"}),
     "token_log_prob": (ops.token_log_prob, token_log_prob_inputs, {}),
+    "scale_log_prob": (ops.scale_log_prob, scale_log_prob_inputs, {}),
+    "token_log_prob_backward": (ops.token_log_prob_backward, token_log_prob_backward_inputs, {"weights": True}),
     "nearest_code": (ops.nearest_code, nearest_code_inputs, {}),
+}
+# Those that autograd goes through, with the arguments it may go to.
+DIFFERENTIABLE = {
+    "ada_layer_norm": (0, 1, 2),
+    "residual_ada_layer_norm": (0, 1, 2, 3, 4),
+    "split_qk_norm": (0, 1),
+    "scale_causal_attention": (0, 1, 2),
+    "linear": (0, 1, 2),
+    "token_log_prob": (0, 1, 2),
 }
 each_op = pytest.mark.parametrize("name", CASES)
 
@@ -500,8 +401,10 @@ each_op = pytest.mark.parametrize("name", CASES)
 def registered_arguments(name: str) -> tuple:
     """Arguments of the registered op, which takes everything by position."""
     _, make, options = CASES[name]
-    eps = (EPS,) if "layer_norm" in name else ()
-    return (*make(), *options.values(), *eps, "torch")
+    inputs = make()
+    of_norm = {"ada_layer_norm": (None, EPS, torch.float32), "ada_layer_norm_backward": (EPS,)}
+    of_norm["residual_ada_layer_norm"] = of_norm["ada_layer_norm"]
+    return (*inputs, *options.values(), *of_norm.get(name, ()), "torch")
 
 
 @each_op
@@ -520,7 +423,7 @@ def test_opcheck_without_optional_tensors():
     torch.library.opcheck(attention, (q, *pages, None, boundaries, 1.0, "torch"))
     x, branch, gate, scale, shift, _ = residual_inputs(classes=3)
     residual = torch.ops.varlik.residual_ada_layer_norm.default
-    torch.library.opcheck(residual, (x, branch, gate, scale, shift, None, EPS, "torch"))
+    torch.library.opcheck(residual, (x, branch, gate, scale, shift, None, None, EPS, torch.float16, "torch"))
 
 
 @each_op
@@ -535,6 +438,7 @@ def test_direct_and_dispatched_calls_are_the_same(name):
 
 @each_op
 def test_compiles_in_one_graph(name):
+    torch.compiler.reset()  # every case compiles the same function anew
     op, make, options = CASES[name]
     compiled = torch.compile(lambda *inputs: op(*inputs, **options), fullgraph=True, backend="aot_eager")
     inputs, same = make(), make()
@@ -573,13 +477,15 @@ def test_fake_agrees_on_meta_tensors(name):
 
 
 FLOPS = {
-    "ada_layer_norm": 0,
-    "residual_ada_layer_norm": 0,
-    "qk_norm": 0,
+    **dict.fromkeys(("ada_layer_norm", "residual_ada_layer_norm", "ada_layer_norm_backward"), 0),
+    **dict.fromkeys(("qk_norm", "split_qk_norm", "qk_norm_backward"), 0),
     "linear": 2 * 3 * 5 * 16 * 24,
     # 2 rows, 2 heads of 8; the 9 queries of the last scale see 14 keys; products with keys and with values.
     "scale_causal_attention": 2 * 2 * (2 * 2 * 8) * 9 * 14,
+    "scale_causal_attention_backward": 5 * 2 * (2 * 2 * 8) * 9 * 14,
     "token_log_prob": 2 * 9 * 16 * 40,
+    "scale_log_prob": 2 * 3 * 14 * 16 * 40,
+    "token_log_prob_backward": 3 * 2 * 9 * 16 * 40,
     "nearest_code": 2 * 50 * 6 * 40,
 }
 
@@ -599,7 +505,7 @@ def test_flops_of_attention_count_the_attended_pairs():
     assert counter.get_total_flops() == 2 * 2 * (2 * 2 * 8) * (1 * 1 + 4 * 5 + 9 * 14)
 
 
-@each_op
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(DIFFERENTIABLE)))
 def test_refuses_inputs_that_require_grad(name):
     op, make, options = CASES[name]
     first, *rest = make()
@@ -611,16 +517,112 @@ def test_refuses_inputs_that_require_grad(name):
         op(first, *rest, **options)
 
 
-@each_op
-def test_refuses_an_impl_it_lacks(name):
+def gradient_inputs(name: str) -> tuple:
+    """Inputs in float64; rows lie side by side, which is what gradients are for."""
+    if name == "scale_causal_attention":
+        _, *inputs, boundaries = double(attention_backward_inputs(start=1))
+        return *inputs, None, boundaries
+    return double(CASES[name][1]())
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients(name):
+    op, _, options = CASES[name]
+    inputs = gradient_inputs(name)
+    for i in DIFFERENTIABLE[name]:
+        inputs[i].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: op(*args, **options), inputs)
+    # As registered, for torch.compile and those who call it so.
+    norm = (None, EPS, torch.float64) if "layer_norm" in name else ()
+    arguments = (*inputs, *options.values(), *norm, "torch")
+    torch.library.opcheck(getattr(torch.ops.varlik, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", ["split_qk_norm", "ada_layer_norm", "residual_ada_layer_norm"])
+def test_gradients_without_optional_tensors(name):
     op, make, options = CASES[name]
-    op(*make(), **options, impl="torch")
-    with pytest.raises(ValueError) as error:
-        op(*make(), **options, impl="triton")
-    assert str(error.value) == f"impl: {name} has no Triton path in this version"
+    inputs = list(double(make()))
+    if name == "split_qk_norm":
+        inputs[1] = None
+    else:
+        inputs = [x[: len(inputs[0])] for x in inputs[:-1]] + [None]
+    wanted = [x for x in inputs if isinstance(x, Tensor)]
+    for x in wanted:
+        x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: op(*args, **options), inputs)
+
+
+def test_gradient_of_a_norm_that_was_clamped():
+    qkv = randn(1, 2, 24).double() * 1e-14
+    grads = [randn(1, 2, 2, 4, seed=i).double() for i in range(3)]
+    ours, _ = ops.qk_norm_backward(grads[0], *(g.flatten(0, 1) for g in grads[1:]), qkv, torch.ones(2).double())
+    expected = torch.stack((grads[0] / 1e-12, grads[1] / 1e-12, grads[2]), dim=2)
+    torch.testing.assert_close(ours, expected.flatten(2))
+
+
+def test_ada_layer_norm_through_an_index_equals_a_copy():
+    x, branch, gate, scale, shift, _ = residual_inputs(rows=5)
+    row_input, row_class = torch.tensor([1, 0, 1, 1, 0]), torch.tensor([3, 0, 2, 1, 1])
+    options = {"dtype": torch.float16}
+    ours = ops.ada_layer_norm(x[:2], scale, shift, row_class, row_input=row_input, **options)
+    assert ours.dtype == torch.float16
+    assert torch.equal(ours, ops.ada_layer_norm(x[row_input], scale, shift, row_class, **options))
+    ours = ops.residual_ada_layer_norm(x[:2], branch, gate, scale, shift, row_class, row_input=row_input, **options)
+    copied = ops.residual_ada_layer_norm(x[row_input], branch, gate, scale, shift, row_class, **options)
+    assert [y.dtype for y in ours] == [torch.float32, torch.float16]
+    torch.testing.assert_close(ours, copied, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="row_input: no gradient flows"):
+        ops.ada_layer_norm(x[:2].requires_grad_(), scale, shift, row_class, row_input=row_input)
+
+
+def test_gradients_need_rows_side_by_side():
+    q, *rest = attention_inputs()
+    with pytest.raises(ValueError, match="slots: gradients are for rows side by side"):
+        ops.scale_causal_attention(q.requires_grad_(), *rest, softmax_scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("tiny_tiles")
+def test_scale_log_prob_sums_token_log_probs(dtype):
+    hidden, weight, bias, targets, boundaries = scale_log_prob_inputs(dtype=dtype)
+    log_prob, sums = ops.scale_log_prob(hidden, weight, bias, targets, boundaries)
+    assert torch.equal(log_prob.flatten(), ops.token_log_prob(hidden.flatten(0, 1), weight, bias, targets.flatten()))
+    expected = [log_prob[:, a:b].double().sum(1) for a, b in pairwise(boundaries)]
+    assert torch.equal(sums, torch.stack(expected, dim=1).to(log_prob.dtype))
+
+
+@pytest.mark.parametrize("boundaries", [[0], [0, 5, 13], [1, 14], [0, 5, 5, 14]])
+def test_scale_log_prob_refuses_boundaries(boundaries):
+    *inputs, _ = scale_log_prob_inputs()
+    with pytest.raises(ValueError, match="boundaries: expected to rise from 0 to T = 14"):
+        ops.scale_log_prob(*inputs, boundaries)
+
+
+@each_op
+def test_takes_an_impl_it_has(name):
+    op, make, options = CASES[name]
+    torch.testing.assert_close(op(*make(), **options, impl="torch"), op(*make(), **options), rtol=0, atol=0)
     with pytest.raises(ValueError) as error:
         op(*make(), **options, impl="cuda")
     assert str(error.value) == 'impl: expected "auto", "torch" or "triton", got \'cuda\''
+
+
+@each_op
+def test_an_explicit_request_for_triton_never_falls_back(name, monkeypatch):
+    op, make, options = CASES[name]
+    monkeypatch.setattr(_registry, "has_triton", lambda: False)
+    with pytest.raises(ValueError) as error:
+        op(*make(), **options, impl="triton")
+    assert str(error.value) == f"impl: {name} has a Triton path, but triton is not installed"
+    op(*make(), **options)
+
+
+@each_op
+@pytest.mark.skipif(not _registry.has_triton(), reason="triton is not installed")
+def test_triton_is_refused_on_a_cpu(name):
+    op, make, options = CASES[name]
+    with pytest.raises(ValueError, match='expected a CUDA tensor for impl="triton", got one on cpu'):
+        op(*make(), **options, impl="triton")
 
 
 @each_op

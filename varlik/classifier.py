@@ -19,7 +19,7 @@ from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.scoring.engine import Engine
-from varlik.scoring.memory import check_memory
+from varlik.scoring.options import EngineOptions
 from varlik.smoothing import Aggregate, Smoothing
 from varlik.tokens import TokenMaps, tokenize
 
@@ -75,15 +75,14 @@ def load(
     source: str | Path,
     vqvae: str | Path | None = None,
     device: str | torch.device | None = None,
-    *,
-    max_memory: int | None = None,
+    **options: Any,
 ) -> VARClassifier:
     """Load a classifier.
 
     `source` is a name from `varlik.list_models()`, a Hub repo id, a folder with `var.safetensors` and
     `vqvae.safetensors`, or a `.safetensors` or `.pth` file of a VAR transformer; `vqvae` names the file of its VQ-VAE
-    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU. `max_memory` bounds in bytes
-    what scoring takes beyond the weights and the tables of the classes (default: 30 % of what is free).
+    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU. `options` are those of
+    `EngineOptions`: `max_memory`, `dtype`, `impl`, `deterministic`, `cuda_graphs`.
 
     Raises `FileNotFoundError` when something is neither here nor to be had, and `ValueError` for an unknown name or a
     checkpoint that does not fit, with the tensors that differ.
@@ -96,7 +95,7 @@ def load(
         loaded.class_names,
         loaded.preprocessing,
         name=loaded.name,
-        max_memory=max_memory,
+        **options,
     )
 
 
@@ -104,7 +103,8 @@ class VARClassifier:
     """A VAR model used as a classifier: log p(image | class) for every class, and what follows from it.
 
     Wherever images are taken, `TokenMaps` (see `tokenize`) are taken too, so that an image is encoded once.
-    Results do not depend on the batch an image stands in (float32: to 1e-5 relative).
+    Results do not depend on the batch an image stands in (float32: to 1e-5 relative; to the bit on a CUDA device with
+    `deterministic=True`, for given token maps).
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class VARClassifier:
         class_names: Sequence[str],
         preprocessing: Preprocessing,
         name: str = "custom",
-        max_memory: int | None = None,
+        **options: Any,
     ):
-        """`class_names` has one name per class, the null class left out; `max_memory` as `load` takes it.
+        """`class_names` has one name per class, the null class left out; `options` as `load` takes them.
 
-        Raises `ValueError` when parts do not fit and for a negative `max_memory`.
+        Raises `ValueError` when parts do not fit and for options out of range, `TypeError` for unknown ones.
         """
-        check_memory(max_memory)
+        self._options = EngineOptions(**options)
         if len(class_names) != var.config.num_classes:
             raise ValueError(f"class_names: expected {var.config.num_classes} names, got {len(class_names)}")
         if var.config.patch_nums != vqvae.config.patch_nums:
@@ -137,7 +137,6 @@ class VARClassifier:
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.name = name
-        self._max_memory = max_memory
         self._engine: Engine | None = None
 
     @property
@@ -154,7 +153,7 @@ class VARClassifier:
     def engine(self) -> Engine:
         """The scoring engine, made when first asked for; see `varlik.scoring.engine`."""
         if self._engine is None:
-            self._engine = Engine(self.var, self._max_memory)
+            self._engine = Engine(self.var, self._options)
         return self._engine
 
     def to(self, device: str | torch.device) -> VARClassifier:
@@ -163,6 +162,17 @@ class VARClassifier:
         self.vqvae.to(device)
         self._engine = None
         return self
+
+    def warmup(self, rows: int = 1) -> None:
+        """Do once what first use would pay for: compile kernels, build the tables of all classes, capture graphs.
+
+        Scores `rows` rows (image, class) scale by scale and all scales at once. With `cuda_graphs`, name the numbers of
+        rows that are to come. Raises `ValueError` for less than one row.
+        """
+        self.engine.warmup(rows)
+        size = self.vqvae.config.resolution
+        blank = torch.zeros(1, self.vqvae.config.in_channels, size, size, device=self.device)
+        self.tokenize_pixels(blank)
 
     def tokenize(self, images: Images) -> TokenMaps:
         """Token maps of images of any kind that `varlik.images` reads; token maps are returned as they are.

@@ -22,7 +22,7 @@ from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import AUTOENCODER, TRANSFORMER, Contents
 from varlik.scoring.engine import Engine
-from varlik.scoring.memory import check_memory
+from varlik.scoring.options import EngineOptions
 from varlik.tokens import TokenMaps
 
 
@@ -32,7 +32,7 @@ def accelerate(
     vqvae: nn.Module | Mapping[str, Any] | str | Path | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
-    max_memory: int | None = None,
+    **options: Any,
 ) -> Accelerated:
     """Score with the engine what a VAR module of the original code base would score with its forward.
 
@@ -45,12 +45,12 @@ def accelerate(
 
     `vqvae` adds `Accelerated.classifier`: the original's VQ-VAE module, its state dict or file, or a VQ-VAE of ours.
     `class_names` (one per class) and `preprocessing` belong to that classifier; they default to what the file of the
-    VQ-VAE says, else to ImageNet's. `max_memory` is in bytes, as `varlik.load` takes it.
+    VQ-VAE says, else to ImageNet's. `options` are those of `EngineOptions`, as `varlik.load` takes them.
 
     Raises `TypeError` for other kinds of objects, `ValueError` for a module in training mode and for parts that do not
     belong together, `CheckpointError` (a `ValueError`) with the tensors that are missing or differ.
     """
-    return Accelerated(module_or_state_dict, vqvae, class_names, preprocessing, max_memory)
+    return Accelerated(module_or_state_dict, vqvae, class_names, preprocessing, **options)
 
 
 class Accelerated:
@@ -67,10 +67,10 @@ class Accelerated:
         vqvae: nn.Module | Mapping[str, Any] | str | Path | None = None,
         class_names: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
-        max_memory: int | None = None,
+        **options: Any,
     ):
         """As `accelerate`, which see."""
-        check_memory(max_memory)
+        self._options = EngineOptions(**options)
         if isinstance(module_or_state_dict, Mapping):  # hold on to its weights only, not to an optimiser beside them
             module_or_state_dict = weights.state_dict(
                 _contents(module_or_state_dict, "module_or_state_dict"), TRANSFORMER
@@ -81,7 +81,6 @@ class Accelerated:
         self._engine: Engine | None = None
         self._classifier: VARClassifier | None = None
         self._vqvae, self._class_names, self._preprocessing = vqvae, class_names, preprocessing
-        self._max_memory = max_memory
         self.refresh()
 
     @property
@@ -105,7 +104,7 @@ class Accelerated:
         if self._classifier is not None:
             return self._classifier.engine
         if self._engine is None:
-            self._engine = Engine(self._var, self._max_memory)
+            self._engine = Engine(self._var, self._options)
         return self._engine
 
     def refresh(self) -> None:
@@ -237,9 +236,8 @@ class Accelerated:
             names = about.class_names if about else presets.default_class_names(config.num_classes)
         if preprocessing is None:
             preprocessing = about.preprocessing if about else presets.default_preprocessing(vqvae.config)
-        return VARClassifier(
-            self._var, vqvae.to(self._device), names, preprocessing, name="accelerated", max_memory=self._max_memory
-        )
+        options = dataclasses.asdict(self._options)
+        return VARClassifier(self._var, vqvae.to(self._device), names, preprocessing, name="accelerated", **options)
 
 
 def _contents(tree: Mapping[str, Any], name: str) -> Contents:

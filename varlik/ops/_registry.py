@@ -6,12 +6,14 @@ see the same op whichever path runs; where nobody listens, `call` goes to the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -34,37 +36,64 @@ def register(
     torch_path: Callable[..., Any],
     fake: Callable[..., Any],
     flops: Callable[..., int],
-    triton_path: Callable[..., Any] | None = None,
+    triton_path: Callable[..., Any],
+    backward: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
     """Register `varlik::<name>`; `schema` ends with `str impl`, which the given functions do not take.
 
     `fake` returns empty outputs of the right shape, type and layout; `flops` takes shapes in place of tensors.
-    `triton_path` imports its kernel when it is called.
+    `triton_path` imports its kernel when it is called. `backward(inputs, output, needs, impl, *grads)` returns the
+    gradient of every input, None for those that `needs` calls False or that have none.
     """
-    _PATHS[name] = {"torch": torch_path} | ({"triton": triton_path} if triton_path else {})
+    _PATHS[name] = {"torch": torch_path, "triton": triton_path}
 
     torch.library.define(f"varlik::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"varlik::{name}", "default", partial(_run, name))
     torch.library.register_fake(f"varlik::{name}", lambda *args: fake(*args[:-1]))
     register_flop_formula(getattr(torch.ops.varlik, name))(lambda *args, **kwargs: flops(*args[:-1]))
+    if backward is not None:
+        _register_backward(name, backward)
+
+
+def _register_backward(name: str, backward: Callable[..., tuple[Any, ...]]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [x if isinstance(x, Tensor) else None for x in (*inputs, *outputs)]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        inputs = [tensor if tensor is not None else x for tensor, x in zip(saved, ctx.others, strict=False)]
+        *inputs, impl = inputs
+        found = backward(inputs, saved[count:], ctx.needs_input_grad[:-1], impl, *grads)
+        return (*found, None)
+
+    torch.library.register_autograd(f"varlik::{name}", run_backward, setup_context=setup_context)
 
 
 def call(name: str, *args: Any) -> Any:
     """`varlik::<name>` of its inputs and the chosen implementation.
 
-    Through torch's dispatcher where somebody listens there (torch.compile, a FLOP counter, meta, fake and other special
-    tensors); directly otherwise, for the dispatcher's way into Python and back takes as long as a small op.
+    Through torch's dispatcher where somebody listens there (torch.compile, a FLOP counter, autograd, meta, fake and
+    other special tensors); directly otherwise, for the dispatcher's way into Python and back takes as long as a small
+    op.
     """
-    plain = all(type(arg) is Tensor and not arg.is_meta for arg in args if isinstance(arg, Tensor))
+    plain = all(_plain(arg) for arg in args if isinstance(arg, Tensor))
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain:
         return getattr(torch.ops.varlik, name)(*args)
     return _run(name, *args)
 
 
+def _plain(tensor: Tensor) -> bool:
+    differentiated = tensor.requires_grad and torch.is_grad_enabled()
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and not differentiated
+
+
 def _run(name: str, *args: Any) -> Any:
     *inputs, impl = args
     # The types of the inputs decide, not an autocast region around the call: it would halve a norm's precision.
-    device = inputs[0].device.type
+    device = next(x for x in inputs if isinstance(x, Tensor)).device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _PATHS[name][impl](*inputs)
@@ -76,18 +105,27 @@ def no_flops(*args: Any) -> int:
     return 0
 
 
-def choose_impl(name: str, impl: str) -> str:
-    """The path that `impl` stands for: "torch" or "triton". An explicit request never falls back.
+def choose_impl(name: str, impl: str, *tensors: Tensor | None) -> str:
+    """The path that `impl` stands for on these tensors: "torch" or "triton". An explicit request never falls back.
 
-    Raises `ValueError` for an unknown `impl` or one that the op lacks.
+    "auto" is "triton" for tensors on a CUDA device, but for float64 and where triton is absent, else "torch". Raises
+    `ValueError` for an unknown `impl` and for "triton" where triton is not installed.
     """
     if impl not in IMPLS:
         raise ValueError(f'impl: expected "auto", "torch" or "triton", got {impl!r}')
-    if impl == "auto":
-        return "torch"
-    if impl not in _PATHS[name]:
-        raise ValueError(f"impl: {name} has no Triton path in this version")
-    return impl
+    if impl == "triton" and not has_triton():
+        raise ValueError(f"impl: {name} has a Triton path, but triton is not installed")
+    if impl != "auto":
+        return impl
+    present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    suits = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in present)
+    return "triton" if suits and has_triton() else "torch"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class Argument(NamedTuple):
@@ -105,7 +143,9 @@ class Argument(NamedTuple):
 class Signature:
     """The tensor arguments of an op, by name and in order."""
 
-    def __init__(self, **arguments: Argument):
+    def __init__(self, arguments: Mapping[str, Argument], differentiable: bool = False):
+        """A `differentiable` op may be given tensors that require grad."""
+        self._differentiable = differentiable
         # As flat tuples: scoring a few rows comes here so often that attribute look-ups would show.
         self._arguments = tuple((name, tuple(a.shape.split()), *a[1:]) for name, a in arguments.items())
 
@@ -118,7 +158,7 @@ class Signature:
         sizes: dict[str, int] = {}
         seen: dict[str, torch.dtype] = {}
         device = None
-        grad = torch.is_grad_enabled()
+        grad = not self._differentiable and torch.is_grad_enabled()
         for (name, letters, dtypes, optional), tensor in zip(self._arguments, tensors, strict=True):
             if tensor is None and optional:
                 continue
@@ -160,9 +200,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def tile_bytes(device: torch.device) -> int:
+    """The largest intermediate of a tiled op on `device`."""
+    return CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
+
+
 def tiles(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
     """Cut `rows` into nearly equal slices of as many rows as a tile holds, at least one each."""
-    budget = CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
-    count = -(-rows // max(1, budget // row_bytes))
+    count = -(-rows // max(1, tile_bytes(device) // row_bytes))
     for i in range(count):
         yield slice(rows * i // count, rows * (i + 1) // count)

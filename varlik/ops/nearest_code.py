@@ -10,7 +10,7 @@ from torch import Tensor
 from varlik.ops import _registry
 from varlik.ops._registry import Argument, Signature
 
-_ARGUMENTS = Signature(vectors=Argument("n c"), codebook=Argument("V c"))
+_ARGUMENTS = Signature({"vectors": Argument("n c"), "codebook": Argument("V c")})
 
 
 def nearest_code(vectors: Tensor, codebook: Tensor, *, impl: str = "auto") -> Tensor:
@@ -24,7 +24,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor, *, impl: str = "auto") -> Te
 
     Source: "Visual Autoregressive Modeling", Tian et al. 2024, equation 5.
     """
-    impl = _registry.choose_impl("nearest_code", impl)
+    impl = _registry.choose_impl("nearest_code", impl, vectors, codebook)
     sizes = _ARGUMENTS.check(vectors, codebook)
     if sizes["V"] == 0:
         raise ValueError(f"codebook: expected shape (V, c) with V >= 1, got {tuple(codebook.shape)}")
@@ -43,6 +43,12 @@ def _nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     return out
 
 
+def _triton(vectors: Tensor, codebook: Tensor) -> Tensor:
+    from varlik.kernels.nearest_code import nearest_code as kernel
+
+    return kernel(vectors, codebook)
+
+
 def _flops(vectors: Sequence[int], codebook: Sequence[int]) -> int:
     return 2 * vectors[0] * codebook[0] * codebook[1]
 
@@ -51,6 +57,7 @@ _registry.register(
     "nearest_code",
     "(Tensor vectors, Tensor codebook, str impl) -> Tensor",
     torch_path=_nearest_code,
+    triton_path=_triton,
     fake=lambda vectors, *_: vectors.new_empty(vectors.shape[0], dtype=torch.int64),
     flops=_flops,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,21 @@ from varlik.ops._registry import INT64, Argument, Signature
 from varlik.ops.qk_norm import row_length
 
 _ARGUMENTS = Signature(
-    q=Argument("R T H D"),
-    k_pages=Argument("P H D", "q"),
-    v_pages=Argument("P H D", "q"),
-    slots=Argument("R L", INT64, optional=True),
+    {
+        "q": Argument("R T H D"),
+        "k_pages": Argument("P H D", "q"),
+        "v_pages": Argument("P H D", "q"),
+        "slots": Argument("R L", INT64, optional=True),
+    },
+    differentiable=True,
+)
+_BACKWARD_ARGUMENTS = Signature(
+    {
+        "grad": Argument("R T H D"),
+        "q": Argument("R T H D", "grad"),
+        "k_pages": Argument("P H D", "grad"),
+        "v_pages": Argument("P H D", "grad"),
+    }
 )
 
 # Leading scales that together have no more queries than this are taken as one, under a mask: at such sizes a call costs
@@ -48,17 +60,45 @@ def scale_causal_attention(
       None stands for rows that lie side by side, P = R * L: token t of row r has slot r * L + t.
     - `boundaries`: token offsets of the scales, rising from 0 to L; T must start at one of them.
 
-    Returns (R, T, H, D) in the dtype of `q`. Softmax in float32 or wider.
+    Returns (R, T, H, D) in the dtype of `q`. Softmax in float32 or wider. Differentiable for rows side by side.
 
     Raises `ValueError` for other shapes or boundaries, several devices, an `impl` it lacks, or inputs that require
     grad; `TypeError` for other dtypes.
 
     Source: "Visual Autoregressive Modeling", Tian et al. 2024, section 3.2 (block-wise causal attention).
     """
-    impl = _registry.choose_impl("scale_causal_attention", impl)
+    impl = _registry.choose_impl("scale_causal_attention", impl, q, k_pages, v_pages)
     sizes = _ARGUMENTS.check(q, k_pages, v_pages, slots)
+    boundaries = _check_boundaries(boundaries, row_length(sizes, slots), sizes["T"], q)
+    if slots is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pages, v_pages)):
+        raise ValueError("slots: gradients are for rows side by side, which take no slots; use torch.no_grad()")
+    return _registry.call("scale_causal_attention", q, k_pages, v_pages, slots, boundaries, softmax_scale, impl)
+
+
+def scale_causal_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    boundaries: Sequence[int],
+    *,
+    softmax_scale: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `scale_causal_attention` without slots: of q, (R, T, H, D), k and v, (P, H, D) each.
+
+    `grad` (R, T, H, D) is the gradient of its output; all else as it went in. Attention weights are computed again,
+    and sums run in a fixed order. Raises as `scale_causal_attention` does.
+    """
+    impl = _registry.choose_impl("scale_causal_attention_backward", impl, grad, q, k_pages, v_pages)
+    sizes = _BACKWARD_ARGUMENTS.check(grad, q, k_pages, v_pages)
+    boundaries = _check_boundaries(boundaries, row_length(sizes, None), sizes["T"], q)
+    inputs = (grad, q, k_pages, v_pages, boundaries, softmax_scale)
+    return _registry.call("scale_causal_attention_backward", *inputs, impl)
+
+
+def _check_boundaries(boundaries: Sequence[int], length: int, tokens: int, q: Tensor) -> list[int]:
     boundaries = list(boundaries)
-    length, tokens = row_length(sizes, slots), sizes["T"]
     if (
         len(boundaries) < 2
         or boundaries[0] != 0
@@ -70,7 +110,7 @@ def scale_causal_attention(
         raise ValueError(
             f"q: expected shape (R, T, H, D) with T = {length} - b for one b of {boundaries[:-1]}, got {tuple(q.shape)}"
         )
-    return _registry.call("scale_causal_attention", q, k_pages, v_pages, slots, boundaries, softmax_scale, impl)
+    return boundaries
 
 
 def _scales(boundaries: Sequence[int], tokens: int) -> Iterator[tuple[int, int]]:
@@ -123,6 +163,48 @@ def _runs(
     return ((first, end, mask), *((a, b, None) for a, b in scales[len(merged) :]))
 
 
+def _backward(
+    grad: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, boundaries: list[int], softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale by scale, so that the weights of one scale exist at a time."""
+    rows, tokens, heads, head_dim = q.shape
+    inner = _registry.accumulation_dtype(q.dtype)
+    shape = (rows, boundaries[-1], heads, head_dim)
+    keys, values = (pages.reshape(shape).to(inner) for pages in (k_pages, v_pages))
+    grad_q = q.new_empty(q.shape)
+    grad_keys, grad_values = keys.new_zeros(shape), values.new_zeros(shape)
+    start = boundaries[-1] - tokens
+    for a, b in _scales(boundaries, tokens):
+        queries, grads = (x[:, a - start : b - start].to(inner) for x in (q, grad))
+        weights = (torch.einsum("rthd,rlhd->rhtl", queries, keys[:, :b]) * softmax_scale).softmax(-1)
+        grad_values[:, :b] += torch.einsum("rhtl,rthd->rlhd", weights, grads)
+        grad_weights = torch.einsum("rthd,rlhd->rhtl", grads, values[:, :b])
+        grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * softmax_scale
+        grad_q[:, a - start : b - start] = torch.einsum("rhtl,rlhd->rthd", grad_logits, keys[:, :b])
+        grad_keys[:, :b] += torch.einsum("rhtl,rthd->rlhd", grad_logits, queries)
+    return grad_q, grad_keys.to(q.dtype).view(k_pages.shape), grad_values.to(q.dtype).view(v_pages.shape)
+
+
+def _autograd(inputs: list[Any], output: Any, needs: Any, impl: str, grad: Tensor) -> tuple[Any, ...]:
+    q, k_pages, v_pages, _, boundaries, softmax_scale = inputs
+    found = scale_causal_attention_backward(
+        grad, q, k_pages, v_pages, boundaries, softmax_scale=softmax_scale, impl=impl
+    )
+    return *found, None, None, None
+
+
+def _triton(*inputs: Any) -> Tensor:
+    from varlik.kernels.scale_causal_attention import scale_causal_attention as kernel
+
+    return kernel(*inputs)
+
+
+def _backward_triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from varlik.kernels.scale_causal_attention_backward import scale_causal_attention_backward as kernel
+
+    return kernel(*inputs)
+
+
 def _flops(
     q: Sequence[int],
     k_pages: Sequence[int],
@@ -141,6 +223,18 @@ _registry.register(
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? slots, int[] boundaries, float softmax_scale, str impl)"
     " -> Tensor",
     torch_path=_scale_causal_attention,
+    triton_path=_triton,
     fake=lambda q, *_: q.new_empty(q.shape),
     flops=_flops,
+    backward=_autograd,
+)
+_registry.register(
+    "scale_causal_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k_pages, Tensor v_pages, int[] boundaries, float softmax_scale, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    torch_path=_backward,
+    triton_path=_backward_triton,
+    fake=lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    # Logits again, and the gradients of weights, values, queries and keys: five products where forward has two.
+    flops=lambda grad, q, k, v, boundaries, scale: 5 * _flops(q, k, v, None, boundaries, scale) // 2,
 )

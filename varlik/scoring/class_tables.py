@@ -35,7 +35,10 @@ class ClassTables:
         self._row = torch.full((config.num_classes + 1,), -1, device=like.device)
         shapes = [(6 * config.depth + 2, config.embed_dim), *[(2, config.num_heads, config.head_dim)] * config.depth]
         vectors, *pages = (like.new_empty(0, *shape) for shape in shapes)
+        pages = [page.to(weights.compute.dtype) for page in pages]
         self._tables = [vectors, torch.empty(0, config.vocab_size, dtype=torch.float32, device=like.device), *pages]
+        # One class at a time where its vectors must not depend on which others came with it.
+        self._chunk = 1 if weights.compute.deterministic else CHUNK
         self.seconds = 0.0
 
     @property
@@ -76,8 +79,8 @@ class ClassTables:
         if len(missing):
             # Filled chunk by chunk, and taken into use when all of it is there.
             grown = [_grown(table, first + len(missing)) for table in self._tables]
-            for start in range(0, len(missing), CHUNK):
-                chunk = missing[start : start + CHUNK]
+            for start in range(0, len(missing), self._chunk):
+                chunk = missing[start : start + self._chunk]
                 for table, rows in zip(grown, self._build(chunk), strict=True):
                     table[first + start : first + start + len(chunk)] = rows
             self._tables = grown
@@ -99,13 +102,16 @@ class ClassTables:
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             page = qkv.new_full((len(labels), 2, config.num_heads, config.head_dim), torch.nan)
-            ops.qk_norm(qkv, weights.blocks[i].q_scale, page[:, 0], page[:, 1], None)
+            ops.qk_norm(qkv, weights.blocks[i].q_scale, page[:, 0], page[:, 1], None, impl=weights.compute.impl)
             pages.append(page)
             return page[:, 1].flatten(1).unsqueeze(1)  # one key: attention returns its value
 
         x = (made.start + weights.start + weights.positions[0]).unsqueeze(1)  # (n, 1, C)
         u = run_blocks(weights, x, vectors, None, attend)
-        return vectors, F.linear(u[:, 0], *weights.head).float().log_softmax(-1), *pages
+        head, bias = weights.head
+        # In the model's precision: this is done once, and logits of half precision would be rounded.
+        logits = F.linear(u[:, 0].to(vectors.dtype), head.to(vectors.dtype), bias.to(vectors.dtype))
+        return vectors, logits.float().log_softmax(-1), *pages
 
 
 def _grown(table: Tensor, rows: int) -> Tensor:

@@ -21,12 +21,17 @@ from varlik import ops
 from varlik.models.config import VARConfig
 from varlik.models.var import VAR
 from varlik.scoring.class_tables import ClassTables
+from varlik.scoring.graphs import Graphs, bucket, capture_cuda
 from varlik.scoring.kv_cache import NO_PAGE, ChunkKeys, InPlace, PagedCache, SideBySide
 from varlik.scoring.memory import Budget, let_malloc_keep_memory
+from varlik.scoring.options import Compute, EngineOptions
 from varlik.scoring.packed_weights import pack, run_blocks
 from varlik.tokens import TokenMaps
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Passes over at most so many tokens are launched as CUDA graphs where those are asked for.
+GRAPHED_TOKENS = 16_384
 
 
 def _undisturbed(method: Method) -> Method:
@@ -92,26 +97,27 @@ class Engine:
     Raises `ValueError` for candidates of another engine, classes that were not prepared, and scales that go backwards.
     """
 
-    def __init__(self, var: VAR, max_memory: int | None = None):
-        """`max_memory` in bytes (default: 30 % of what is free) bounds pages and the chunk at work.
+    def __init__(self, var: VAR, options: EngineOptions | None = None):
+        """`options.max_memory` bounds pages and the chunk at work, and tables come on top.
 
-        Rows whose pages find no room are scored without keeping them; one row at a time is always scored. Tables come
-        on top. Raises `ValueError` for weights in half precision.
+        Rows whose pages find no room are scored without keeping them; one row at a time is always scored. Raises
+        `ValueError` for weights in half precision and for options that the device cannot serve.
         """
-        if var.pos_start.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"var: expected float32 or float64 weights, got {var.pos_start.dtype}; call var.float()")
+        options = options or EngineOptions()
+        compute = options.compute(var.pos_start.device, var.pos_start.dtype)
         with torch.inference_mode(False), torch.no_grad():
-            self._build(var, max_memory)
+            self._build(var, compute, options.max_memory)
 
-    def _build(self, var: VAR, max_memory: int | None) -> None:
-        self.config = var.config
-        self._side_by_side = var.pos_start.device.type == "cpu"
+    def _build(self, var: VAR, compute: Compute, max_memory: int | None) -> None:
+        self.config, self.compute = var.config, compute
+        self._side_by_side = var.pos_start.device.type == "cpu" and compute.impl == "torch"
         if self._side_by_side:
             let_malloc_keep_memory()
-        self.weights = pack(var)
+        self.weights = pack(var, compute)
         self.tables = ClassTables(var, self.weights)
-        dtype, device = self.weights.positions.dtype, self.weights.positions.device
+        dtype, device = compute.dtype, self.weights.positions.device
         self._budget = Budget.of(device, max_memory)
+        self._graphs = Graphs(capture_cuda) if compute.cuda_graphs else None
         per_slot = 2 * self.config.depth * self.config.embed_dim * dtype.itemsize
         self.cache = PagedCache(
             self.config.depth,
@@ -135,6 +141,27 @@ class Engine:
             for layer in range(self.config.depth):
                 self.cache.arenas[layer][pages] = self.tables.pages[layer][first:]
             self._class_pages = torch.cat((self._class_pages, pages))
+
+    @_undisturbed
+    def warmup(self, rows: int = 1) -> None:
+        """Compile, build and capture what scoring `rows` rows takes, by scoring an image of zeros.
+
+        Raises `ValueError` for less than one row.
+        """
+        if rows < 1:
+            raise ValueError(f"rows: expected 1 or more, got {rows}")
+        config, device = self.config, self.weights.positions.device
+        self.prepare(torch.arange(config.num_classes, device=device))
+        tokens = torch.zeros(1, config.num_tokens, dtype=torch.int64, device=device)
+        inputs = torch.zeros(1, config.num_tokens - 1, config.codebook_dim, device=device)
+        features = torch.zeros(1, config.codebook_dim, config.patch_nums[-1], config.patch_nums[-1], device=device)
+        image = TokenMaps(tokens, inputs, features, (0,), config.patch_nums)
+        labels = torch.arange(rows, device=device).remainder(config.num_classes).unsqueeze(0)
+        for steps in (range(2, config.num_scales + 1), (config.num_scales,)):
+            candidates = self.open(image, labels)
+            for scale in steps:
+                self.advance(candidates, scale)
+            self.close(candidates)
 
     @_undisturbed
     def open(self, images: TokenMaps, labels: Tensor, per_token: bool = False, shared_prefix: int = 0) -> Candidates:
@@ -309,20 +336,18 @@ class Engine:
         paged = kept if self._side_by_side else to_scale
         pages = candidates.pages[rows, :paged]
         pages[:, cached:] = NO_PAGE
-        boundaries = self.config.boundaries[cached : to_scale + 1]
         try:
             pages[:, cached:kept] = self.cache.allocate(range(cached, kept), len(rows))
             pages[:, kept:] = self.cache.allocate(range(kept, paged), len(rows), beyond_limit=True)
-            log_prob = self._forward(candidates, rows, self._chunk_keys(pages, cached, to_scale), cached, to_scale)
-            by_scale = log_prob.double().split([b - a for a, b in itertools.pairwise(boundaries)], dim=1)
-            scores, log_prob = torch.stack([part.sum(1) for part in by_scale], 1).float(), log_prob.float()
+            log_prob, scores = self._forward(candidates, rows, pages, cached, to_scale)
         except BaseException:
             self.cache.release(pages[:, cached:])
             raise
         self.cache.release(pages[:, kept:])
-        candidates.log_likelihood[rows, cached:to_scale] = scores
+        candidates.log_likelihood[rows, cached:to_scale] = scores.float()
         if candidates.token_log_prob is not None:
-            candidates.token_log_prob[rows, boundaries[0] : boundaries[-1]] = log_prob
+            boundaries = self.config.boundaries
+            candidates.token_log_prob[rows, boundaries[cached] : boundaries[to_scale]] = log_prob.float()
         candidates.evaluated[rows] += log_prob.shape[1]
         candidates.pages[rows, :kept] = pages[:, :kept]
         candidates.cached[rows] = kept
@@ -336,31 +361,86 @@ class Engine:
         first, end = self.config.boundaries[cached], self.config.boundaries[to_scale]
         return SideBySide(self.cache, slots[:, :first], slots[:, first:], end)
 
-    def _forward(self, candidates: Candidates, rows: Tensor, keys: ChunkKeys, cached: int, to_scale: int) -> Tensor:
-        """Token log-probs (n, T) of scales cached + 1 .. to_scale; keys and values are read from and left in `keys`."""
-        weights, tables = self.weights, self.tables
+    def _forward(
+        self, candidates: Candidates, rows: Tensor, pages: Tensor, cached: int, to_scale: int
+    ) -> tuple[Tensor, Tensor]:
+        """Token log-probs (n, T) of scales `cached` + 1 to `to_scale`, and their sums by scale.
+
+        Keys and values are read from and left in `pages` (n, k).
+        """
+        first, end = self.config.boundaries[cached], self.config.boundaries[to_scale]
+        row_class = self.tables.rows(candidates.label[rows])
+        source = candidates.source[rows]
+        targets = candidates.tokens[source, first:end]
+        if self._graphs is not None and targets.numel() <= GRAPHED_TOKENS:
+            return self._forward_graphed(candidates, source, pages, row_class, targets, cached, to_scale)
+        # Inputs depend on the image alone: embedded once, however many classes read them.
+        sources, own = source.unique(return_inverse=True)
+        inputs = candidates.inputs[sources, first - 1 : end - 1]
+        keys = self._chunk_keys(pages, cached, to_scale)
+        return self._score(inputs, own, keys, row_class, targets, cached, to_scale)
+
+    def _forward_graphed(
+        self,
+        candidates: Candidates,
+        source: Tensor,
+        pages: Tensor,
+        row_class: Tensor,
+        targets: Tensor,
+        cached: int,
+        to_scale: int,
+    ) -> tuple[Tensor, Tensor]:
+        """As `_forward`, padded to a number of rows that has been captured; rows beyond write to pages of their own."""
+        assert self._graphs is not None
+        count, first, end = len(source), self.config.boundaries[cached], self.config.boundaries[to_scale]
+        missing = bucket(count) - count
+        spare = self.cache.allocate(range(pages.shape[1]), missing, beyond_limit=True)
+        try:
+            slots = self.cache.slots(torch.cat((pages, spare)))
+
+            def score(inputs: Tensor, slots: Tensor, row_class: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+                return self._score(inputs, None, InPlace(self.cache, slots), row_class, targets, cached, to_scale)
+
+            inputs = candidates.inputs[source, first - 1 : end - 1]
+            padded = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in (inputs, row_class, targets)]
+            # What a graph reads by address, besides its inputs: a key for each place it has been.
+            places = (self.tables.vectors.data_ptr(), *(arena.data_ptr() for arena in self.cache.arenas))
+            key = (count + missing, cached, to_scale, *places)
+            log_prob, scores = self._graphs.run(key, score, padded[0], slots, *padded[1:])
+        finally:
+            self.cache.release(spare)
+        return log_prob[:count].clone(), scores[:count].clone()
+
+    def _score(
+        self,
+        inputs: Tensor,
+        own: Tensor | None,
+        keys: ChunkKeys,
+        row_class: Tensor,
+        targets: Tensor,
+        cached: int,
+        to_scale: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass: row r reads `inputs[own[r]]`, or the r-th without `own`, of (M, T, Cvae), and scores `targets`."""
+        weights, impl = self.weights, self.compute.impl
         boundaries = list(self.config.boundaries[: to_scale + 1])
         first, end = boundaries[cached], boundaries[to_scale]
-        row_class = tables.rows(candidates.label[rows])
-        # Inputs depend on the image alone: embedded once, however many classes read them.
-        sources, own = candidates.source[rows].unique(return_inverse=True)
-        stream = (
-            F.linear(candidates.inputs[sources, first - 1 : end - 1], *weights.words) + weights.positions[first:end]
-        )
+        stream = ops.linear(inputs, *weights.words, impl=self.compute.product_impl) + weights.positions[first:end]
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             where = keys.open(i)
-            q = ops.qk_norm(qkv, weights.blocks[i].q_scale, *where)
+            q = ops.qk_norm(qkv, weights.blocks[i].q_scale, *where, impl=impl)
             keys.close(i)
-            return ops.scale_causal_attention(q, *where, boundaries, softmax_scale=weights.softmax_scale).flatten(2)
+            out = ops.scale_causal_attention(q, *where, boundaries, softmax_scale=weights.softmax_scale, impl=impl)
+            return out.flatten(2)
 
         # A copy of each row's class vectors is smaller than its activations, and saves a CPU many small look-ups.
         if self._side_by_side:
-            u = run_blocks(weights, stream[own], tables.vectors[row_class], None, attend)
+            u = run_blocks(weights, stream, self.tables.vectors[row_class], None, attend, own)
         else:
-            u = run_blocks(weights, stream[own], tables.vectors, row_class, attend)
-        targets = candidates.tokens[candidates.source[rows], first:end]
-        return ops.token_log_prob(u.flatten(0, 1), *weights.head, targets.flatten()).view(targets.shape)
+            u = run_blocks(weights, stream, self.tables.vectors, row_class, attend, own)
+        scales = [b - first for b in boundaries[cached:]]
+        return ops.scale_log_prob(u, *weights.head, targets, scales, impl=impl)
 
     def _share_prefix(self, candidates: Candidates, clean: Tensor, new: Candidates, agreeing: Tensor) -> None:
         """Let each row of `new` hold the pages and scores of its clean row, as far as it has them and scales agree."""

@@ -47,14 +47,6 @@ class Budget:
         return max(1, min(good, self.chunk // row_bytes))
 
 
-def check_memory(max_memory: int | None) -> None:
-    """Refuse what is no number of bytes."""
-    if max_memory is not None and (isinstance(max_memory, bool) or not isinstance(max_memory, int)):
-        raise TypeError(f"max_memory: expected a whole number of bytes, got {max_memory!r}")
-    if max_memory is not None and max_memory < 0:
-        raise ValueError(f"max_memory: expected a number of bytes, 0 or more, got {max_memory}")
-
-
 def available_bytes(device: torch.device) -> int:
     """Memory that is free on `device`, 4 GiB where the system does not say."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from varlik import ops
 from varlik.models.config import VARConfig
 from varlik.models.var import MAX_LOG_SCALE, VAR, Block
+from varlik.scoring.options import Compute
 
 # Matrices laid out as (in, out) are multiplied up to 1.08 times faster on a CPU; below this size the copy costs little.
 COPIED_PARAMETERS = 2**23
 
-# Hidden activations of one part of the MLP: what stays in the caches, but tokens enough to make good use of a weight.
-HIDDEN_BYTES = 6 << 20
+# Hidden activations of one part of the MLP: what stays in a CPU's caches, but with tokens enough to make good use of a
+# weight.
+HIDDEN_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
 MIN_HIDDEN_TOKENS = 2048
 
 
@@ -38,13 +41,15 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """All weights that scoring reads, but for those that make class vectors.
+    """All weights that scoring reads, but for those that make class vectors, and how to compute with them.
 
     `words` embeds the teacher-forcing input, `positions` (L, C) is the sum of level and position embedding, `start`
-    (C,) what position 0 adds to the class embedding, `head` the output projection.
+    (C,) what position 0 adds to the class embedding, `head` the output projection. Matrices of blocks and head are in
+    `compute.dtype`, with the biases of the blocks; all else is in the dtype of the model.
     """
 
     config: VARConfig
+    compute: Compute
     softmax_scale: float
     blocks: tuple[BlockWeights, ...]
     words: tuple[Tensor, Tensor]
@@ -59,40 +64,48 @@ def run_blocks(
     vectors: Tensor,
     row_class: Tensor | None,
     attend: Callable[[int, Tensor], Tensor],
+    row_input: Tensor | None = None,
 ) -> Tensor:
-    """From the embedded inputs `x` (R, T, C) through all blocks to what the head reads, (R, T, C).
+    """From the embedded inputs `x` through all blocks to what the head reads, (R, T, C) in `weights.compute.dtype`.
 
-    `vectors` (N, 6 depth + 2, C) are class vectors as `ClassTables` holds them, of which row r takes `row_class[r]`, or
-    the r-th without `row_class`. `attend` is called once for each block, with its number and its joint projection
-    (R, T, 3C), and returns (R, T, C).
+    `x` (M, T, C) is the residual stream at its start, of which row r reads `row_input[r]`, or the r-th without
+    `row_input`. `vectors` (N, 6 depth + 2, C) are class vectors as `ClassTables` holds them, of which row r takes
+    `row_class[r]`, or the r-th without `row_class`. `attend` is called once for each block, with its number and its
+    joint projection (R, T, 3C), and returns (R, T, C).
     """
-    u = ops.ada_layer_norm(x, vectors[:, 2], vectors[:, 4], row_class)
+    dtype, impl = weights.compute.dtype, weights.compute.impl
+    linear = partial(ops.linear, impl=weights.compute.product_impl)
+    norm = partial(ops.residual_ada_layer_norm, dtype=dtype, impl=impl)
+    u = ops.ada_layer_norm(x, vectors[:, 2], vectors[:, 4], row_class, row_input=row_input, dtype=dtype, impl=impl)
     for i, block in enumerate(weights.blocks):
         # In the order of `ClassVectors.blocks`: gates, scales, shifts of attention and MLP.
         gate1, gate2, _, scale2, _, shift2 = vectors[:, 6 * i : 6 * i + 6].unbind(1)
-        branch = ops.linear(attend(i, ops.linear(u, *block.qkv)), *block.proj)
-        x, u = ops.residual_ada_layer_norm(x, branch, gate1, scale2, shift2, row_class)
+        branch = linear(attend(i, linear(u, *block.qkv)), *block.proj)
+        x, u = norm(x, branch, gate1, scale2, shift2, row_class, row_input=row_input)
+        row_input = None  # from here on every row has a stream of its own
         last = i + 1 == len(weights.blocks)
         scale, shift = vectors[:, -2:].unbind(1) if last else (vectors[:, 6 * i + 8], vectors[:, 6 * i + 10])
-        x, u = ops.residual_ada_layer_norm(x, _mlp(u, block), gate2, scale, shift, row_class)
+        x, u = norm(x, _mlp(u, block, linear), gate2, scale, shift, row_class)
     return u
 
 
-def _mlp(u: Tensor, block: BlockWeights) -> Tensor:
+def _mlp(u: Tensor, block: BlockWeights, linear: Callable[..., Tensor]) -> Tensor:
     """Feed-forward branch of a block, (R, T, C) -> (R, T, C), a part of the tokens at a time.
 
     The hidden activation is the widest there is: on a CPU, parts of it fit the caches; anywhere, they bound the memory.
     """
     tokens = u.flatten(0, 1).unsqueeze(0)
-    cached = HIDDEN_BYTES // (len(block.fc1[1]) * u.element_size())
+    cached = HIDDEN_BYTES.get(u.device.type, HIDDEN_BYTES["cpu"]) // (len(block.fc1[1]) * u.element_size())
     parts = tokens.chunk(max(1, -(-tokens.shape[1] // max(MIN_HIDDEN_TOKENS, cached))), dim=1)
-    out = [ops.linear(ops.linear(part, *block.fc1, activation="gelu_tanh"), *block.fc2) for part in parts]
+    out = [linear(linear(part, *block.fc1, activation="gelu_tanh"), *block.fc2) for part in parts]
     return torch.cat(out, dim=1).view(u.shape) if len(out) > 1 else out[0].view(u.shape)
 
 
 @torch.no_grad()
-def pack(var: VAR) -> PackedWeights:
-    """The weights of `var`, sharing its memory but for vectors and, on a CPU, for the matrices of a small model."""
+def pack(var: VAR, compute: Compute) -> PackedWeights:
+    """The weights of `var`, sharing its memory but for vectors, what has another dtype than its weights and, on a CPU,
+    the matrices of a small model.
+    """
     config = var.config
     parameters = sum(parameter.numel() for parameter in var.blocks.parameters())
     copied = var.pos_start.device.type == "cpu" and parameters <= COPIED_PARAMETERS
@@ -100,16 +113,20 @@ def pack(var: VAR) -> PackedWeights:
     levels = var.lvl_embed.weight.detach().repeat_interleave(sizes, dim=0, output_size=config.num_tokens)
 
     def matrix(weight: Tensor) -> Tensor:
-        return weight.detach().t().contiguous().t() if copied else weight.detach()
+        weight = weight.detach().to(compute.dtype)
+        return weight.t().contiguous().t() if copied else weight
 
     def linear(module: nn.Linear) -> tuple[Tensor, Tensor]:
-        return matrix(module.weight), module.bias.detach()
+        return matrix(module.weight), module.bias.detach().to(compute.dtype)
 
-    zero = torch.zeros_like(var.pos_start[0, 0])
+    def qkv_bias(block: Block) -> Tensor:
+        q_bias, v_bias = block.attn.q_bias.detach(), block.attn.v_bias.detach()
+        return torch.cat((q_bias, torch.zeros_like(q_bias), v_bias)).to(compute.dtype)
+
     modules = [cast(Block, block) for block in var.blocks]
     blocks = tuple(
         BlockWeights(
-            qkv=(matrix(block.attn.mat_qkv.weight), torch.cat((block.attn.q_bias, zero, block.attn.v_bias)).detach()),
+            qkv=(matrix(block.attn.mat_qkv.weight), qkv_bias(block)),
             q_scale=block.attn.scale_mul_1H11.detach().flatten().clamp(max=MAX_LOG_SCALE).exp()
             if config.attn_l2_norm
             else None,
@@ -121,10 +138,11 @@ def pack(var: VAR) -> PackedWeights:
     )
     return PackedWeights(
         config=config,
+        compute=compute,
         softmax_scale=modules[0].attn.softmax_scale,
         blocks=blocks,
-        words=linear(var.word_embed),
+        words=(var.word_embed.weight.detach(), var.word_embed.bias.detach()),
         positions=levels + var.pos_1LC.detach()[0],
         start=var.pos_start.detach()[0, 0],
-        head=linear(var.head),
+        head=(matrix(var.head.weight), var.head.bias.detach()),
     )
