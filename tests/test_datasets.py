@@ -1,4 +1,4 @@
-"""IDX files: read as they are, refused by name when damaged."""
+"""Data sets: files read as they are, refused by name when damaged."""
 
 from __future__ import annotations
 
@@ -64,3 +64,59 @@ def test_images_and_labels_that_differ_in_number(folder):
     write_idx(folder / "t10k-labels-idx1-ubyte", np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match="4 images but 3 labels"):
         datasets.fashion_mnist("test", folder)
+
+
+GLYPH_COUNTS = {"train": 6, "held-out": 2, "test": 4}
+
+
+@pytest.fixture
+def glyphs(tmp_path):
+    generator = np.random.default_rng(1)
+    arrays = {"class_names": np.array(["!", "€"])}
+    for split, count in GLYPH_COUNTS.items():
+        arrays[f"{split}.images"] = generator.integers(0, 256, (count, 32, 32)).astype(np.uint8)
+        arrays[f"{split}.labels"] = np.arange(count) % 2
+    np.savez_compressed(tmp_path / datasets.GLYPHS_100_FILE, **arrays)
+    return tmp_path, arrays
+
+
+@pytest.mark.parametrize("split", datasets.SPLITS)
+def test_splits_of_glyphs(glyphs, split):
+    folder, arrays = glyphs
+    data = datasets.glyphs_100(split, str(folder))
+    assert np.array_equal(data.images, arrays[f"{split}.images"])
+    assert data.images.dtype == np.uint8
+    assert data.labels.tolist() == [0, 1] * (GLYPH_COUNTS[split] // 2)
+    assert data.labels.dtype == np.int64
+    assert data.class_names == ("!", "€")
+
+
+def test_absent_glyphs_and_unknown_split(glyphs, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python -m examples\.glyphs_100 --out"):
+        datasets.glyphs_100("test", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="split"):
+        datasets.glyphs_100("validation", glyphs[0])
+
+
+@pytest.mark.parametrize(
+    "damage", ["short", "not zip", "empty", "another archive", "labels", "label", "shape", "dtype"]
+)
+def test_damaged_glyphs_are_named(glyphs, damage):
+    folder, arrays = glyphs
+    path = folder / datasets.GLYPHS_100_FILE
+    raw = path.read_bytes()
+    contents = {"short": raw[: len(raw) // 2], "not zip": b"fonts" * 100, "empty": b""}
+    changes = {
+        "labels": {"test.labels": arrays["test.labels"][1:]},
+        "label": {"test.labels": arrays["test.labels"] + 1},
+        "shape": {"test.images": arrays["test.images"][0]},
+        "dtype": {"test.images": arrays["test.images"].astype(np.float32)},
+    }
+    if damage in contents:
+        path.write_bytes(contents[damage])
+    elif damage == "another archive":
+        np.savez_compressed(path, images=arrays["test.images"])
+    else:
+        np.savez_compressed(path, **(arrays | changes[damage]))
+    with pytest.raises(ValueError, match=datasets.GLYPHS_100_FILE):
+        datasets.glyphs_100("test", folder)

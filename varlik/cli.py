@@ -236,6 +236,9 @@ def benchmark(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each way is timed; medians are reported.")] = 5,
     device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the engine's products: float16, bfloat16, float32. [default: as the device]")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Print where the engine's time goes, op by op.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the result in this PNG file; needs varlik[plots].")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
@@ -249,7 +252,7 @@ def benchmark(
     from varlik.evaluation import ways
 
     plan = None if cascade is None else str(_cascade(cascade))
-    work = ways.Work(model, geometry, depth, images, classes, scales, plan, naive_classes, device)
+    work = ways.Work(model, geometry, depth, images, classes, scales, plan, naive_classes, device, dtype)
     if plot is not None:
         plots.check_plot(plot)
     report = benchmarks.run(work, repeats, memory)
@@ -272,7 +275,7 @@ def benchmark(
     lines = [
         f"seconds: medians of {report.repeats} for all images; tokens, GFLOP: per image; MB: peak beyond the weights",
         f"largest relative difference from the reference: {max(row.difference for row in report.rows):.1e}",
-        f"peak: {report.peak_gflops:.1f} GFLOP/s of a large float32 matrix product, in turn with the ways; "
+        f"peak: {report.peak_gflops:.1f} GFLOP/s of a large {report.dtype} matrix product, in turn with the ways; "
         f"class tables, once per model: {report.tables_seconds:.3g} s",
         f"{where.device}, {where.cpu}, threads: {where.threads}; Python {where.python}, torch {where.torch}, "
         f"varlik {where.varlik}" + (f", commit {where.commit}" if where.commit else ""),

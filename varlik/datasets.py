@@ -1,13 +1,16 @@
 """Labelled images for training and evaluation, read from files that are already on this machine.
 
 Nothing is downloaded. Fashion-MNIST (Xiao et al. 2017, MIT licence) is packaged by Debian as `dataset-fashion-mnist`;
-any folder with the four IDX files of the MNIST family, gzipped or not, is read the same way.
+any folder with the four IDX files of the MNIST family, gzipped or not, is read the same way. Glyphs-100 is rendered
+from fonts by `examples/glyphs_100.py`.
 """
 
 from __future__ import annotations
 
 import gzip
 import struct
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,9 +30,11 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+GLYPHS_100_FILE = "glyphs-100.npz"
 HELD_OUT = 5_000  # the last images of the training files: for choices, never for training
 
 Split = Literal["train", "held-out", "test"]
+SPLITS = ("train", "held-out", "test")
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ def fashion_mnist(split: Split, folder: str | Path | None = None) -> LabelledIma
     `folder` holds the IDX files (default: where Debian's `dataset-fashion-mnist` puts them).
     Raises `FileNotFoundError` saying what is absent and `ValueError` for an unknown split or a damaged file.
     """
-    if split not in ("train", "held-out", "test"):
-        raise ValueError(f"split: expected 'train', 'held-out' or 'test', got {split!r}")
+    _check_split(split)
     folder = FASHION_MNIST_FOLDER if folder is None else Path(folder)
     prefix = "t10k" if split == "test" else "train"
     images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"))
@@ -63,6 +67,37 @@ def fashion_mnist(split: Split, folder: str | Path | None = None) -> LabelledIma
         raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
     data = LabelledImages(images, labels, FASHION_MNIST_CLASSES)
     return {"train": data[:-HELD_OUT], "held-out": data[-HELD_OUT:], "test": data}[split]
+
+
+def glyphs_100(split: Split, folder: str | Path) -> LabelledImages:
+    """A hundred characters in many typefaces, 32 x 32 greyscale; no family of typefaces is in two splits.
+
+    `folder` holds what `examples/glyphs_100.py` wrote. Raises `FileNotFoundError` saying how to make it and
+    `ValueError` for an unknown split or a damaged file.
+    """
+    _check_split(split)
+    path = Path(folder) / GLYPHS_100_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found: make it with python -m examples.glyphs_100 --out {folder}")
+    try:
+        with np.load(path) as arrays:
+            images, labels = arrays[f"{split}.images"], arrays[f"{split}.labels"]
+            class_names = tuple(str(name) for name in arrays["class_names"])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a file of examples/glyphs_100.py, or cut short ({error})") from error
+    if images.dtype != np.uint8 or images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{path}: expected (n, H, W) uint8 images and (n,) labels, "
+            f"got {images.shape} {images.dtype} and {labels.shape}"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise ValueError(f"{path}: labels outside the {len(class_names)} classes")
+    return LabelledImages(images, labels.astype(np.int64), class_names)
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected 'train', 'held-out' or 'test', got {split!r}")
 
 
 def read_idx(path: str | Path) -> np.ndarray:

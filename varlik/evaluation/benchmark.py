@@ -7,8 +7,8 @@ Ways to do the same work, all on the same model and token maps:
 - "engine": what `VARClassifier.classify` does.
 
 All scores are compared with the reference before anything is timed. Times are medians over repeats in which the ways
-take turns, so that a slow moment of the machine hits all alike; so does a large float32 matrix product, whose rate is
-the peak of this machine at that moment. FLOPs are those that torch counts in a real run.
+take turns, so that a slow moment of the machine hits all alike; so does a large matrix product in the engine's dtype,
+whose rate is the peak of this machine at that moment. FLOPs are those that torch counts in a real run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from varlik.evaluation.profile import OpTime, profile
 from varlik.evaluation.ways import BATCHED, ENGINE, NAIVE, VARIANTS, Bench, Scores, Work, prepare
 from varlik.flops import count_live
 
-TOLERANCE = 1e-5
+# Largest relative difference from the reference that is no error, by the dtype of the engine's matrix products.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 PEAK_SIZE = 2048
 
 
@@ -64,8 +65,9 @@ class Row:
 class Report:
     """Rows of one run, and what is needed to read them.
 
-    `profile`: where the engine's time goes, op by op, from two more runs; `peak_gflops` per second of a float32 matrix
-    product, the median; `tables_seconds` to build the tables of all classes, once per model, which is in no row.
+    `profile`: where the engine's time goes, op by op, from two more runs; `dtype` of its matrix products; `peak_gflops`
+    per second of a matrix product in that dtype, the median; `tables_seconds` to build the tables of all classes, once
+    per model, which is in no row.
     """
 
     work: Work
@@ -73,6 +75,7 @@ class Report:
     repeats: int
     rows: tuple[Row, ...]
     profile: tuple[OpTime, ...]
+    dtype: str
     peak_gflops: float
     tables_seconds: float
     notes: tuple[str, ...]
@@ -83,7 +86,7 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
 
     With `memory` each way is run once more in a process of its own for its peak memory (Linux, on the CPU). Raises
     `ValueError` for work that the model cannot do, for `repeats` below 1, and for scores that differ from the
-    reference by more than 1e-5 relative.
+    reference by more than 1e-5 relative (float16: 5e-3, bfloat16: 5e-2).
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected 1 or more, got {repeats}")
@@ -135,6 +138,7 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
         repeats=repeats,
         rows=tuple(rows),
         profile=tuple(profile(partial(VARIANTS[ENGINE], bench))),
+        dtype=str(bench.classifier.engine.compute.dtype).removeprefix("torch."),
         peak_gflops=statistics.median(peaks),
         tables_seconds=tables_seconds,
         notes=tuple(notes),
@@ -142,20 +146,24 @@ def run(work: Work, repeats: int = 5, memory: bool = True) -> Report:
 
 
 def check(bench: Bench, scores: dict[str, Scores]) -> dict[str, float]:
-    """Largest relative difference of each way from the reference; `ValueError` for one above 1e-5.
+    """Largest relative difference of each way from the reference; `ValueError` for one above what its dtype allows.
 
-    Classes that the reference was spared are compared with the batched naive way, once that has been found right.
+    Classes that the reference was spared are compared with the batched naive way, once that has been found right. In
+    half precision stages may keep other classes than the reference: what both scored is compared.
     """
+    dtype = bench.classifier.engine.compute.dtype
     differences: dict[str, float] = {}
     for name, found in scores.items():
         expected = [NAIVE]
         if name == ENGINE and BATCHED in scores and len(bench.naive_labels) < len(bench.labels):
             expected.append(BATCHED)
-        differences[name] = max(_difference(bench, found, scores[other]) for other in expected)
-        if not differences[name] <= TOLERANCE:
+        tolerance = TOLERANCE[dtype if name == ENGINE else torch.float32]
+        lenient = tolerance > TOLERANCE[torch.float32]
+        differences[name] = max(_difference(bench, found, scores[other], lenient) for other in expected)
+        if not differences[name] <= tolerance:
             raise ValueError(
                 f"benchmark: scores of {name!r} differ from the reference by {differences[name]:.1e} relative, "
-                f"more than {TOLERANCE:.0e}: no figures"
+                f"more than {tolerance:.0e}: no figures"
             )
     return differences
 
@@ -185,8 +193,11 @@ def _batched_bytes(bench: Bench) -> int:
     return 4 * tokens * (2 * config.vocab_size + 10 * config.embed_dim)
 
 
-def _difference(bench: Bench, found: Scores, expected: Scores) -> float:
-    """Largest relative difference over the classes that `expected` scored, infinite where `found` lacks one."""
+def _difference(bench: Bench, found: Scores, expected: Scores, lenient: bool = False) -> float:
+    """Largest relative difference over the classes that `expected` scored.
+
+    Infinite where `found` lacks one, unless `lenient`, and where the two have none in common.
+    """
 
     def table(labels: Tensor, scores: Tensor) -> Tensor:
         empty = torch.full((len(labels), bench.classifier.null_class + 1), torch.nan, device=labels.device)
@@ -195,8 +206,11 @@ def _difference(bench: Bench, found: Scores, expected: Scores) -> float:
     worst = 0.0
     for ours, theirs in zip(found.stages, expected.stages, strict=True):
         wanted = table(*theirs)
-        there = ~wanted.isnan()
-        gaps = ((table(*ours) - wanted) / wanted).abs()[there]
+        given = table(*ours)
+        there = ~(wanted.isnan() | given.isnan()) if lenient else ~wanted.isnan()
+        if not there.any():
+            return float("inf")
+        gaps = ((given - wanted) / wanted).abs()[there]
         worst = max(worst, gaps.nan_to_num(nan=torch.inf).max().item())
     return worst
 
@@ -213,8 +227,9 @@ def _seconds(bench: Bench, work: Callable[[], object]) -> float:
 
 
 def _peak_gflops(bench: Bench) -> float:
-    """GFLOP/s of a large float32 matrix product, the best of three."""
-    a, b = (torch.rand(PEAK_SIZE, PEAK_SIZE, device=bench.classifier.device) for _ in range(2))
+    """GFLOP/s of a large matrix product in the engine's dtype, the best of three."""
+    dtype = bench.classifier.engine.compute.dtype
+    a, b = (torch.rand(PEAK_SIZE, PEAK_SIZE, device=bench.classifier.device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     best = min(_seconds(bench, lambda: torch.mm(a, b, out=out)) for _ in range(3))
     return 2 * PEAK_SIZE**3 / best / 1e9

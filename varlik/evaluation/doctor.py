@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from varlik import ops
 from varlik.classifier import VARClassifier, load
 from varlik.evaluation.samples import samples
 from varlik.models.presets import bundled_folder
@@ -43,8 +44,25 @@ def environment() -> tuple[Check, ...]:
         Check("cpu", None, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         Check("cuda gpu", None, gpu),
         Check("torch path", True, "usable on " + ("CPU and GPU" if torch.cuda.is_available() else "CPU")),
-        Check("triton path", None, "not part of this version"),
+        _triton_path(),
     )
+
+
+def _triton_path() -> Check:
+    """Whether kernels run here: one is, where there is a GPU."""
+    if not ops.has_triton():
+        return Check("triton path", None, "triton is not installed")
+    if not torch.cuda.is_available():
+        return Check("triton path", None, "triton is installed; kernels need a CUDA GPU")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).cuda() for n in (7, 300))
+    inputs = hidden, weight, torch.zeros(300).cuda(), torch.arange(7).cuda()
+    try:
+        ours = ops.token_log_prob(*inputs, impl="triton")
+    except Exception as error:  # compilers and drivers fail in many ways
+        return Check("triton path", False, f"a kernel failed: {error}".splitlines()[0])
+    difference = (ours - ops.token_log_prob(*inputs, impl="torch")).abs().max().item()
+    return Check("triton path", difference < 1e-3, f"usable; largest difference {difference:.1e} nats")
 
 
 def check_fixture(model: str) -> tuple[Check, ...]:

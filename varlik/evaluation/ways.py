@@ -23,6 +23,7 @@ from varlik.tokens import TokenMaps
 GEOMETRY_CLASSES = 10
 NAIVE, BATCHED, ENGINE = "naive, one class at a time", "naive, batched", "engine"
 SMOOTHING = Smoothing()
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Work:
 
     `geometry` ("d16", "d20", ...) takes the transformer of that preset with random weights in place of `model`, with
     `depth` blocks (default: the preset's) and 10 classes by default. `scales` scores the first token maps only,
-    `cascade` is a cascade's text. The naive way is timed on the first `naive_classes` and scaled up linearly.
+    `cascade` is a cascade's text. The naive way is timed on the first `naive_classes` and scaled up linearly. `dtype`
+    ("float16", ...) is that of the engine's matrix products, see `EngineOptions`; the naive ways run in float32.
     """
 
     model: str = "fashion-mnist"
@@ -43,6 +45,7 @@ class Work:
     cascade: str | None = None
     naive_classes: int | None = None
     device: str | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,13 @@ def prepare(work: Work) -> Bench:
         raise ValueError("scales: a cascade says itself which scales it reads; give one of the two")
     if work.depth is not None and work.geometry is None:
         raise ValueError("depth: only a geometry can be had with another depth")
-    classifier = load(work.model, device=work.device) if work.geometry is None else _random_classifier(work)
+    if work.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {work.dtype!r}")
+    dtype = DTYPES.get(work.dtype or "")
+    if work.geometry is None:
+        classifier = load(work.model, device=work.device, dtype=dtype)
+    else:
+        classifier = _random_classifier(work, dtype)
     config = classifier.var.config
     default = config.num_classes if work.geometry is None else min(GEOMETRY_CLASSES, config.num_classes)
     classes = check_classes(config, default if work.classes is None else work.classes)
@@ -163,7 +172,7 @@ VARIANTS: dict[str, Callable[[Bench], Scores]] = {NAIVE: naive, BATCHED: batched
 """The ways by name, in the order in which they are checked."""
 
 
-def _random_classifier(work: Work) -> VARClassifier:
+def _random_classifier(work: Work, dtype: torch.dtype | None) -> VARClassifier:
     """A preset's transformer with random weights. Its VQ-VAE is a stand-in of which only the quantiser is used."""
     preset = get_preset(f"var-{str(work.geometry).removeprefix('var-')}")
     config = replace(preset.var, depth=preset.var.depth if work.depth is None else work.depth)
@@ -185,7 +194,8 @@ def _random_classifier(work: Work) -> VARClassifier:
             var.class_emb.weight.mul_(32)
             var.head.weight.mul_(50)
     names = default_class_names(config.num_classes)
-    classifier = VARClassifier(var, vqvae, names, default_preprocessing(small), name=f"{preset.name}, random")
+    preprocessing = default_preprocessing(small)
+    classifier = VARClassifier(var, vqvae, names, preprocessing, name=f"{preset.name}, random", dtype=dtype)
     return classifier.to(work.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
