@@ -2,6 +2,7 @@
 
     python -m benchmarks.model_card fashion-mnist                       # test images
     python -m benchmarks.model_card fashion-mnist --split held-out      # for choices
+    python -m benchmarks.model_card glyphs-100 --data data/glyphs-100   # what examples/glyphs_100.py wrote
 
 Full likelihood, every partial scale, cascades, and a naive Bayes on the same tokens as the floor, on all images of the
 split. Before any figure is printed, the scores of 200 images are checked against the naive reference.
@@ -19,27 +20,30 @@ import varlik
 from benchmarks import naive_bayes
 from varlik import reference
 from varlik.cascade import AVARC_PLUS
-from varlik.datasets import LabelledImages, fashion_mnist
+from varlik.datasets import LabelledImages, fashion_mnist, glyphs_100
 from varlik.evaluation.accuracy import evaluate, evaluate_cascade
 from varlik.images import load_many
 from varlik.tokens import TokenMaps
 
 CHECKED = 200
 CASCADES = (AVARC_PLUS,)
+DATA_SETS = {"fashion-mnist": fashion_mnist, "glyphs-100": glyphs_100}  # by the model trained on them
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="fashion-mnist")
+    parser.add_argument("model", nargs="?", choices=DATA_SETS, default="fashion-mnist")
     parser.add_argument("--split", choices=("test", "held-out"), default="test")
-    parser.add_argument("--data", type=Path, help="folder with the IDX files")
+    parser.add_argument("--data", type=Path, help="folder with the data set's files")
     parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--sigma", type=float, default=0.1, help="noise of smoothed stages")
     options = parser.parse_args()
+    if options.model == "glyphs-100" and options.data is None:
+        parser.error("--data: name the folder that examples/glyphs_100.py wrote to")
 
     started = time.monotonic()
     classifier = varlik.load(options.model)
-    data = fashion_mnist(options.split, options.data)[: options.images]
+    data = DATA_SETS[options.model](options.split, options.data)[: options.images]
     labels = torch.from_numpy(data.labels)
     images = tokenize(classifier, data)
     difference = check_against_reference(classifier, images[:CHECKED])
@@ -52,7 +56,8 @@ def main() -> None:
             f"likelihood of {scales} of {config.num_scales} scales" if scales < config.num_scales else "full likelihood"
         )
         print(f"| {name} | {config.num_classes * (config.boundaries[scales] - 1)} | {100 * accuracy:.2f} % | |")
-    floor = naive_bayes_accuracy(classifier, images, labels, options.data)
+    training = DATA_SETS[options.model]("train", options.data)
+    floor = naive_bayes_accuracy(classifier, images, labels, training)
     print(f"| naive Bayes on the same tokens | | {100 * floor:.2f} % | |", flush=True)
     for cascade in CASCADES:
         row = evaluate_cascade(classifier, images, labels, report.predictions, cascade, options.sigma)
@@ -101,10 +106,9 @@ def check_against_reference(classifier: varlik.VARClassifier, images: TokenMaps)
 
 
 def naive_bayes_accuracy(
-    classifier: varlik.VARClassifier, images: TokenMaps, labels: torch.Tensor, folder: Path | None
+    classifier: varlik.VARClassifier, images: TokenMaps, labels: torch.Tensor, training: LabelledImages
 ) -> float:
     """Accuracy of position-wise code counts, fitted on the training images' tokens."""
-    training = fashion_mnist("train", folder)
     config = classifier.var.config
     tokens = tokenize(classifier, training).tokens
     fitted = naive_bayes.fit(tokens, torch.from_numpy(training.labels), config.num_classes, config.vocab_size)

@@ -1,7 +1,7 @@
 """Train the bundled model `glyphs-100` from the rendered data set to the files in the package.
 
     python -m examples.glyphs_100 --out data/glyphs-100          # render it first
-    python -m examples.train_glyphs_100 --work runs/glyphs-100 --data data/glyphs-100    # an hour and a half, one core
+    python -m examples.train_glyphs_100 --work runs/glyphs-100 --data data/glyphs-100    # 40 minutes of one CPU core
 
 Stages that are done are skipped and a killed run goes on where it was, so the command can be repeated until it prints
 the folder it wrote. `--out` names another one.

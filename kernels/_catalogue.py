@@ -19,7 +19,8 @@ from varlik.kernels import (
     scale_causal_attention_backward,
     token_log_prob,
 )
-from varlik.kernels._launch import Launch, Limits
+from varlik.kernels._launch import Launch
+from varlik.kernels._tiles import Limits
 
 BOUNDARIES = (0, 1, 5, 14, 30, 55, 91, 155, 255, 424, 680)
 SCORED = 6  # scales that are there already, where a problem continues
@@ -104,12 +105,14 @@ def _attention_cases(model: Model, dtype: torch.dtype) -> Iterator[Case]:
     q = empty(ROWS, LENGTH, *heads, dtype=dtype)
     yield "slots", attention, (q[:, -TOKENS:], *keys, slots, BOUNDARIES, 1.0)
     yield "side by side", attention, (q, *keys, None, BOUNDARIES, 1.0)
-    for scale in range(1, SCORED + 1):  # few tokens: several rows share a tile
-        first, end = BOUNDARIES[scale - 1 : scale + 1]
-        arguments = (q[:, first:end], *keys, slots[:, :end], BOUNDARIES[: scale + 1], 1.0)
-        yield f"slots, scale {scale} alone", attention, arguments
-    few = empty(ROWS * 5, *heads, dtype=dtype)
-    yield "side by side, 2 scales", attention, (q[:, :5], few, few, None, BOUNDARIES[:3], 1.0)
+    # Few tokens: several rows share a tile.
+    for scales in range(1, SCORED + 1):
+        first, end = BOUNDARIES[scales - 1 : scales + 1]
+        cut = BOUNDARIES[: scales + 1]
+        yield f"slots, scale {scales} alone", attention, (q[:, first:end], *keys, slots[:, :end], cut, 1.0)
+        yield f"slots, to scale {scales}", attention, (q[:, :end], *keys, slots[:, :end], cut, 1.0)
+        few = empty(ROWS * end, *heads, dtype=dtype)
+        yield f"side by side, to scale {scales}", attention, (q[:, :end], few, few, None, cut, 1.0)
     backward = scale_causal_attention_backward.scale_causal_attention_backward
     side_by_side = [empty(ROWS * LENGTH, *heads, dtype=dtype)] * 2
     yield "side by side", backward, (q, q, *side_by_side, BOUNDARIES, 1.0)

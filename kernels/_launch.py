@@ -11,48 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-# The largest dynamic shared memory of a program, in bytes: CUDA C++ Programming Guide, table of technical
-# specifications by compute capability (163, 99, 99, 227 and 227 KiB).
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-# What any other device is taken for.
-SMALLEST = 86
-# Local data share of AMD's CDNA 3, in bytes.
-LDS_BYTES = 65_536
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds a tile on one device.
-
-    `architecture` is the compute capability, 90 for sm_90, 0 for AMD; `shared_memory` is in bytes for one program,
-    `registers` counts those of 32 bits on one multiprocessor.
-    """
-
-    architecture: int
-    shared_memory: int
-    registers: int = 65_536
-
-    @classmethod
-    def of_architecture(cls, architecture: int) -> Limits:
-        return cls(architecture, SHARED_MEMORY.get(architecture, SHARED_MEMORY[SMALLEST]))
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes of a kernel, and how many warps and pipeline stages it runs with; sizes it lacks are 0."""
-
-    m: int
-    n: int = 0
-    k: int = 0
-    warps: int = 4
-    stages: int = 1
+from varlik.kernels import _autotune
+from varlik.kernels._tiles import LDS_BYTES, SMALLEST, Limits, Tiles
 
 
 @dataclass(frozen=True)
@@ -139,11 +106,15 @@ def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, *arguments: Any, **
     if not all(grid):
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+
+    def run(tiles: Tiles) -> None:
         kernel[grid](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
 
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        run(_autotune.tuned(kernel, tiles, arguments, constants, run))
 
-@lru_cache(maxsize=256)
+
+@cache
 def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """A small table of int32, made once for each device: every block of a transformer asks for the same."""
+    """A small table of int32, made once for each device and kept: captured graphs go on reading it."""
     return torch.tensor(values, dtype=torch.int32, device=device)

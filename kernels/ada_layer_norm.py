@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varlik.kernels import _launch
-from varlik.kernels._launch import Limits, Tiles
+from varlik.kernels._tiles import Limits, Tiles
 
 FORWARD_TOKENS = 4  # of one row for each program: class vectors are read once for so many
 BACKWARD_TOKENS = 32

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varlik.kernels import _launch
-from varlik.kernels._launch import Limits, Tiles
+from varlik.kernels._tiles import Limits, Tiles
 
 GROUP = tl.constexpr(8)  # tiles of rows that share the weights in the L2 cache
 

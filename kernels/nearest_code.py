@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varlik.kernels import _launch
-from varlik.kernels._launch import Limits, Tiles
+from varlik.kernels._tiles import Limits, Tiles
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varlik.kernels import _launch
-from varlik.kernels._launch import Limits, Tiles
+from varlik.kernels._tiles import Limits, Tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varlik.kernels import _launch
-from varlik.kernels._launch import Limits, Tiles
+from varlik.kernels._tiles import Limits, Tiles
 from varlik.kernels.scale_causal_attention import LOG2_E, key_ends, query_tiles
 
 

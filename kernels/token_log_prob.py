@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from varlik.kernels import _launch
-from varlik.kernels._launch import Limits, Tiles
+from varlik.kernels._tiles import Limits, Tiles
 from varlik.kernels.linear import linear
 
 SPLIT_CODES = 1024

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _registry.has_triton(), reason="triton is not installed")
-@pytest.mark.parametrize("file", ["test_kernels.py", "test_kernel_engine.py"])
+@pytest.mark.parametrize("file", ["test_kernels.py", "test_kernel_registration.py", "test_kernel_engine.py"])
 def test_kernels_in_the_interpreter(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]

@@ -163,13 +163,14 @@ class VARClassifier:
         self._engine = None
         return self
 
-    def warmup(self, rows: int = 1) -> None:
+    def warmup(self, rows: int = 1, autotune: bool = False) -> None:
         """Do once what first use would pay for: compile kernels, build the tables of all classes, capture graphs.
 
         Scores `rows` rows (image, class) scale by scale and all scales at once. With `cuda_graphs`, name the numbers of
-        rows that are to come. Raises `ValueError` for less than one row.
+        rows that are to come. With `autotune`, kernels time their numbers of warps and pipeline stages meanwhile, which
+        stay for the process. Raises `ValueError` for less than one row, and for `autotune` without Triton's path.
         """
-        self.engine.warmup(rows)
+        self.engine.warmup(rows, autotune)
         size = self.vqvae.config.resolution
         blank = torch.zeros(1, self.vqvae.config.in_channels, size, size, device=self.device)
         self.tokenize_pixels(blank)

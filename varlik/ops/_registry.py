@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -120,6 +121,13 @@ def choose_impl(name: str, impl: str, *tensors: Tensor | None) -> str:
     present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     suits = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in present)
     return "triton" if suits and has_triton() else "torch"
+
+
+def autotuning() -> AbstractContextManager[None]:
+    """While it is open, Triton kernels time their numbers of warps and pipeline stages when first launched."""
+    from varlik.kernels._autotune import autotuning
+
+    return autotuning()
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -143,13 +144,16 @@ class Engine:
             self._class_pages = torch.cat((self._class_pages, pages))
 
     @_undisturbed
-    def warmup(self, rows: int = 1) -> None:
+    def warmup(self, rows: int = 1, autotune: bool = False) -> None:
         """Compile, build and capture what scoring `rows` rows takes, by scoring an image of zeros.
 
-        Raises `ValueError` for less than one row.
+        With `autotune`, kernels time their numbers of warps and pipeline stages meanwhile, which stay for the process.
+        Raises `ValueError` for less than one row, and for `autotune` without Triton's path.
         """
         if rows < 1:
             raise ValueError(f"rows: expected 1 or more, got {rows}")
+        if autotune and self.compute.impl != "triton":
+            raise ValueError("autotune: there are no kernels to tune on torch's path")
         config, device = self.config, self.weights.positions.device
         self.prepare(torch.arange(config.num_classes, device=device))
         tokens = torch.zeros(1, config.num_tokens, dtype=torch.int64, device=device)
@@ -157,11 +161,12 @@ class Engine:
         features = torch.zeros(1, config.codebook_dim, config.patch_nums[-1], config.patch_nums[-1], device=device)
         image = TokenMaps(tokens, inputs, features, (0,), config.patch_nums)
         labels = torch.arange(rows, device=device).remainder(config.num_classes).unsqueeze(0)
-        for steps in (range(2, config.num_scales + 1), (config.num_scales,)):
-            candidates = self.open(image, labels)
-            for scale in steps:
-                self.advance(candidates, scale)
-            self.close(candidates)
+        with ops.autotuning() if autotune else nullcontext():
+            for steps in (range(2, config.num_scales + 1), (config.num_scales,)):
+                candidates = self.open(image, labels)
+                for scale in steps:
+                    self.advance(candidates, scale)
+                self.close(candidates)
 
     @_undisturbed
     def open(self, images: TokenMaps, labels: Tensor, per_token: bool = False, shared_prefix: int = 0) -> Candidates:
