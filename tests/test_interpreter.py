@@ -24,5 +24,5 @@ def test_kernels_in_the_interpreter(file):
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     # That they ran, and none was skipped.
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 5
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 5
     assert "skipped" not in done.stdout
