@@ -72,7 +72,7 @@ def _linear_kernel(
 def _tiles(outputs: int, width: int, itemsize: int, limits: Limits) -> Tiles:
     """By the size of a weight and its dtype alone: the number of rows must not change a tile."""
     if itemsize == 4:
-        return Tiles(m=64, n=64, k=32, warps=4, stages=2)
+        return Tiles(m=128, n=64, k=32, warps=8, stages=2)
     wide = 128 if outputs >= 128 else 64
     stage = (128 + wide) * 64 * itemsize
     return Tiles(m=128, n=wide, k=64, warps=8, stages=max(2, min(4, limits.shared_memory // stage)))

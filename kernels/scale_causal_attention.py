@@ -126,14 +126,19 @@ def _attention_kernel(
 def tiles_of(head_dim: int, itemsize: int, limits: Limits) -> Tiles:
     """m queries, n keys; the same for any number of rows and tokens, so that neither changes a bit.
 
-    Where operands of the matrix units lie in registers (before sm_90), wide heads take more warps. Products of float32
-    run on registers altogether, so their tiles are smaller.
+    Warps and stages are those that compile without spilled registers. Products of float32 run on registers altogether,
+    so their tiles are smaller.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
+    if itemsize == 4 and block_d > 64:
+        on_sm80 = limits.architecture == 80
+        return Tiles(m=16, n=32 if on_sm80 else 16, k=block_d, warps=8, stages=2 if on_sm80 else 1)
     if itemsize == 4:
         return Tiles(m=32, n=32, k=block_d, warps=8, stages=1)
-    warps = 8 if block_d > 64 and limits.architecture < 90 else 4
-    return Tiles(m=64, n=64, k=block_d, warps=warps, stages=2 if block_d > 64 else 3)
+    if block_d > 64:
+        return Tiles(m=64, n=64, k=block_d, warps=8, stages=1)
+    warps = 8 if block_d <= 32 and limits.architecture < 90 else 4
+    return Tiles(m=64, n=64, k=block_d, warps=warps, stages=3)
 
 
 @lru_cache(maxsize=256)

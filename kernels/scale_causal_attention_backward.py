@@ -165,7 +165,7 @@ def _tiles(head_dim: int, itemsize: int, limits: Limits) -> Tiles:
     if itemsize == 4:
         block = 32 if block_d <= 64 else 16
         return Tiles(m=block, n=block, k=block_d, warps=8, stages=1)
-    return Tiles(m=64, n=32, k=block_d, warps=4, stages=1)
+    return Tiles(m=64, n=32, k=block_d, warps=4 if block_d == 64 else 8, stages=1)
 
 
 def scale_causal_attention_backward(

@@ -189,7 +189,7 @@ def _grad_logits_kernel(
 def _tiles(itemsize: int, limits: Limits) -> Tiles:
     """By dtype and device alone: the number of rows must not change a tile. m is rows, n codes, k channels."""
     if itemsize == 4:
-        return Tiles(m=64, n=64, k=32, warps=4, stages=2)
+        return Tiles(m=64, n=64, k=16, warps=4, stages=2)
     stage = (128 + 128) * 64 * itemsize
     return Tiles(m=128, n=128, k=64, warps=8, stages=max(2, min(4, limits.shared_memory // stage)))
 
