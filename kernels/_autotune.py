@@ -1,8 +1,8 @@
 """Warps and pipeline stages chosen by timing, where that was asked for.
 
-Only these two are tried: they change the time of a kernel but not which sums it takes in which order, so tuned scores
-are as deterministic as others. What was found is kept for the life of the process, for each kernel, its constants, the
-dtypes of its tensors and the device.
+Block sizes stay, so a row's result does not come to depend on other rows. But warps share out the sums of a reduction:
+tuned results may differ in the last bits from those of what ships. What was found is kept for the life of the process,
+for each kernel, its constants, the dtypes of its tensors and the device.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ SCORED = 6  # scales that are there already, where a problem continues
 EPS = 1e-6
 # What the transformer gets where nothing else is said.
 ROWS, TOKENS, LENGTH = 8, BOUNDARIES[-1] - BOUNDARIES[SCORED], BOUNDARIES[-1]
+MANY_ROWS = 4096  # so many that tiles of attention take several
 
 empty = partial(torch.empty, device="meta")
 
@@ -100,21 +101,21 @@ def _head_norm_cases(model: Model, dtype: torch.dtype) -> Iterator[Case]:
 def _attention_cases(model: Model, dtype: torch.dtype) -> Iterator[Case]:
     attention = scale_causal_attention.scale_causal_attention
     heads = (model.heads, model.head_dim)
-    pages, slots = empty(ROWS * LENGTH, 2, *heads, dtype=dtype), empty(ROWS, LENGTH, dtype=torch.int64)
+    pages, slots = empty(MANY_ROWS * LENGTH, 2, *heads, dtype=dtype), empty(MANY_ROWS, LENGTH, dtype=torch.int64)
     keys = pages[:, 0], pages[:, 1]
-    q = empty(ROWS, LENGTH, *heads, dtype=dtype)
+    q = empty(MANY_ROWS, LENGTH, *heads, dtype=dtype)
     yield "slots", attention, (q[:, -TOKENS:], *keys, slots, BOUNDARIES, 1.0)
     yield "side by side", attention, (q, *keys, None, BOUNDARIES, 1.0)
-    # Few tokens: several rows share a tile.
+    # Few tokens: several rows share a tile where there are many, and not where there are few.
     for scales in range(1, SCORED + 1):
         first, end = BOUNDARIES[scales - 1 : scales + 1]
         cut = BOUNDARIES[: scales + 1]
         yield f"slots, scale {scales} alone", attention, (q[:, first:end], *keys, slots[:, :end], cut, 1.0)
         yield f"slots, to scale {scales}", attention, (q[:, :end], *keys, slots[:, :end], cut, 1.0)
-        few = empty(ROWS * end, *heads, dtype=dtype)
+        few = empty(MANY_ROWS * end, *heads, dtype=dtype)
         yield f"side by side, to scale {scales}", attention, (q[:, :end], few, few, None, cut, 1.0)
     backward = scale_causal_attention_backward.scale_causal_attention_backward
-    side_by_side = [empty(ROWS * LENGTH, *heads, dtype=dtype)] * 2
+    side_by_side = [empty(MANY_ROWS * LENGTH, *heads, dtype=dtype)] * 2
     yield "side by side", backward, (q, q, *side_by_side, BOUNDARIES, 1.0)
 
 

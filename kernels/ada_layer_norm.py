@@ -162,8 +162,8 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=["parts", "columns"])
 def _sum_parts_kernel(part_ptr, sum_ptr, parts, columns, BLOCK: tl.constexpr):
     """(R, parts, columns) -> (R, columns), first part to last."""
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     mask = column < columns
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
@@ -298,6 +298,6 @@ def ada_layer_norm_backward(
         return grad_x, grad_branch, sums[:, 0]
     total = y.new_empty(rows, 3, width, dtype=torch.float32)
     block = Tiles(m=1024)
-    grid = (triton.cdiv(3 * width, block.m), rows)
+    grid = (rows, triton.cdiv(3 * width, block.m))
     _launch.launch(_sum_parts_kernel, grid, block, sums, total, parts, 3 * width, BLOCK=block.m)
     return grad_x, grad_branch, total

@@ -6,12 +6,13 @@
 cut into tiles that do not straddle scales; only leading scales that together fit one tile are merged, under the mask
 above. A tile reads keys up to the end of its last scale, so dead work stays near the attended pairs (`work`).
 
-Where the tokens of a launch fill a tile to a half or less, a tile takes several rows. Keys of a block that all of them
-read from the same slots (a shared page) are loaded once; otherwise each row's are loaded in turn.
+Where the tokens of a launch fill a tile to a half or less, and rows are enough to keep a device busy all the same, a tile
+takes several rows. Keys of a block that all of them read from the same slots (a shared page) are loaded once; otherwise
+each row's are loaded in turn, and none sees another's.
 
 Softmax is online, in float32, over key blocks that start at 0 whatever the tiles: for a query, blocks after its last
 key change nothing, so neither the split of scales into launches nor other rows change a bit. Products of float32 are
-float32, not TF32. Keys behind a mask are read as 0, so NaN in slots that were never written stays out.
+float32, not TF32. Keys beyond a tile's last are read as 0; all others must have been written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +30,7 @@ from varlik.kernels import _launch
 from varlik.kernels._tiles import Limits, Tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+BUSY = 256  # programs that keep every multiprocessor of a device at work
 
 
 @triton.jit
@@ -113,7 +116,10 @@ def _attention_kernel(
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
             decay = tl.exp2(top - base)
             p = tl.exp2(logits - base[:, None])
-            total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision="ieee")
+            added = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision="ieee")
+            if ROWS > 1:  # no weight times what is not finite in another row's values would be NaN
+                added = tl.where(((m // SPAN == turn) | (turns == 1))[:, None], added, total)
+            total = added
             norm = norm * decay + tl.sum(p, 1)
             top = new_top
 
@@ -171,6 +177,16 @@ def work(boundaries: Sequence[int], tokens: int, tiles: Tiles) -> tuple[int, int
     return sum(ends), computed
 
 
+@lru_cache(maxsize=256)
+def _tables(
+    boundaries: tuple[int, ...], tokens: int, size: int, device: torch.device
+) -> tuple[tuple[tuple[int, int, int], ...], Tensor, Tensor]:
+    """Query tiles, and they and the ends of keys on the device."""
+    cut = query_tiles(boundaries, tokens, size)
+    tile_table = _launch.constant(tuple(x for tile in cut for x in tile), device)
+    return cut, tile_table, _launch.constant(key_ends(boundaries, tokens), device)
+
+
 def scale_causal_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor | None, boundaries: Sequence[int], softmax_scale: float
 ) -> Tensor:
@@ -180,8 +196,10 @@ def scale_causal_attention(
     rows, tokens, heads, head_dim = q.shape
     out = q.new_empty(q.shape)
     tiles = tiles_of(head_dim, q.element_size(), _launch.limits_of(q.device))
-    cut = query_tiles(tuple(boundaries), tokens, tiles.m)
+    cut, tile_table, end_table = _tables(tuple(boundaries), tokens, tiles.m, q.device)
     rows_of_tile = max(1, tiles.m // triton.next_power_of_2(max(end - first for first, end, _ in cut)))
+    if triton.cdiv(rows, rows_of_tile) * heads < BUSY:
+        rows_of_tile = 1
     _launch.launch(
         _attention_kernel,
         (triton.cdiv(rows, rows_of_tile) * len(cut), heads),
@@ -190,8 +208,8 @@ def scale_causal_attention(
         k_pages,
         v_pages,
         slots,
-        _launch.constant(tuple(x for tile in cut for x in tile), q.device),
-        _launch.constant(key_ends(tuple(boundaries), tokens), q.device),
+        tile_table,
+        end_table,
         out,
         *q.stride()[:3],
         *k_pages.stride()[:2],

@@ -132,9 +132,13 @@ def test_graphs_give_up_the_least_recently_run(monkeypatch):
 
     graphs = Graphs(capture)
     for key in (1, 2, 1, 3, 1, 2):
-        assert graphs.run(key, lambda x: (x + 1,), torch.tensor(key)) == (key + 1,)
+        assert graphs.run(key, "here", lambda x: (x + 1,), torch.tensor(key)) == (key + 1,)
     assert captured == [1, 2, 3, 2]
     assert len(graphs) == 2
+    graphs.run(2, "elsewhere", lambda x: (x + 1,), torch.tensor(2))
+    assert captured == [1, 2, 3, 2, 2]
+    graphs.clear()
+    assert len(graphs) == 0
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,8 @@ def test_graphs_give_up_the_least_recently_run(monkeypatch):
         ({"dtype": torch.int64}, TypeError, "dtype: expected one of torch.float16, "),
         ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "torch" or "triton", got \'cuda\''),
         ({"deterministic": True}, ValueError, "deterministic: needs Triton kernels, which cpu with torch.float32 does"),
+        ({"impl": "triton"}, ValueError, "impl: Triton kernels cannot run on cpu here"),
+        ({"impl": "triton", "dtype": torch.float64}, ValueError, "impl: Triton kernels do not compute in float64"),
         ({"cuda_graphs": True}, ValueError, "cuda_graphs: needs a CUDA device, got cpu"),
     ],
 )

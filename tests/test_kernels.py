@@ -255,6 +255,26 @@ def test_attention_of_odd_shapes(rows, heads, boundaries):
     check(torch_free(ops.scale_causal_attention, softmax_scale=2.0), inputs, lambda *args: plain_attention(*args, 2.0))
 
 
+@pytest.fixture
+def rows_together(monkeypatch):
+    """Few rows too stand together in a tile."""
+    monkeypatch.setattr("varlik.kernels.scale_causal_attention.BUSY", 0)
+
+
+@pytest.mark.usefixtures("rows_together")
+def test_attention_is_not_touched_by_other_rows_of_a_tile():
+    q, k_pages, v_pages, slots, _ = attention_inputs(4, 1, 16, start=5)
+    expected = plain_attention(q, k_pages, v_pages, slots, BOUNDARIES, 0.5)
+    for bad in (math.nan, math.inf):
+        for pages in (k_pages, v_pages):
+            spoiled = [x.clone() for x in (k_pages, v_pages)]
+            spoiled[pages is v_pages][slots[1]] = bad
+            inputs = on_device((q, *spoiled, slots, BOUNDARIES))
+            ours = ops.scale_causal_attention(*inputs, softmax_scale=0.5, impl="triton").cpu()
+            torch.testing.assert_close(ours[[0, 2, 3]], expected[[0, 2, 3]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("rows_together")
 @pytest.mark.parametrize("rows", [2, 9])
 @pytest.mark.parametrize("shared", [0, 5, 14])
 def test_attention_of_rows_that_share_pages(rows, shared):

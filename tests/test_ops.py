@@ -575,6 +575,16 @@ def test_ada_layer_norm_through_an_index_equals_a_copy():
         ops.ada_layer_norm(x[:2].requires_grad_(), scale, shift, row_class, row_input=row_input)
 
 
+@pytest.mark.parametrize("row_input", [[2, 0, 1], [1, 1, 0, 1]])
+def test_gradients_of_tables_where_rows_share_inputs(row_input):
+    rows = torch.tensor(row_input)
+    x, branch, gate, scale, shift, _ = double(residual_inputs(rows=4))
+    branch, row_class = branch[: len(rows)], torch.arange(len(rows))
+    inputs = [t.requires_grad_() for t in (branch, gate, scale, shift)]
+    for op, given in ((ops.ada_layer_norm, inputs[2:]), (ops.residual_ada_layer_norm, inputs)):
+        assert torch.autograd.gradcheck(lambda *t, op=op: op(x[:3], *t, row_class, row_input=rows), given)
+
+
 def test_gradients_need_rows_side_by_side():
     q, *rest = attention_inputs()
     with pytest.raises(ValueError, match="slots: gradients are for rows side by side"):

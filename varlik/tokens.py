@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,11 @@ class TokenMaps:
         )
 
 
+def _no_tf32() -> AbstractContextManager[None]:
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+
+
 @torch.no_grad()
 def tokenize(vqvae: VQVAE, pixels: Tensor) -> TokenMaps:
     """Token maps of `pixels` (B, C, S, S) in [-1, 1].
@@ -77,8 +83,8 @@ def tokenize(vqvae: VQVAE, pixels: Tensor) -> TokenMaps:
     weight = vqvae.quant_conv.weight
     parts = []
     for batch in pixels.split(ENCODE_BATCH):
-        # Outside of autocast: tokens must not depend on the precision the caller happens to run in.
-        with torch.autocast(weight.device.type, enabled=False):
+        # Outside of autocast, and without TF32: tokens must not depend on the precision the caller happens to run in.
+        with torch.autocast(weight.device.type, enabled=False), _no_tf32():
             feature_map = vqvae.encode(batch.to(weight.device, weight.dtype))
         tokens, inputs = vqvae.quantize.tokenize(feature_map)
         parts.append(TokenMaps(tokens, inputs, feature_map, image_keys(batch), vqvae.config.patch_nums))

@@ -4,7 +4,7 @@ Torch and Triton paths share one registered op. Those that scoring needs gradien
 backward op of their own; the others refuse inputs that require grad while grad mode is on.
 """
 
-from varlik.ops._registry import IMPLS, autotuning, has_triton
+from varlik.ops._registry import IMPLS, autotuning, has_triton, runs_kernels
 from varlik.ops.ada_layer_norm import ada_layer_norm, ada_layer_norm_backward, residual_ada_layer_norm
 from varlik.ops.linear import linear
 from varlik.ops.nearest_code import nearest_code
@@ -23,6 +23,7 @@ __all__ = [
     "qk_norm",
     "qk_norm_backward",
     "residual_ada_layer_norm",
+    "runs_kernels",
     "scale_causal_attention",
     "scale_causal_attention_backward",
     "scale_log_prob",

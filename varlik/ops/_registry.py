@@ -7,6 +7,7 @@ see the same op whichever path runs; where nobody listens, `call` goes to the pa
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cache, partial
@@ -109,7 +110,7 @@ def no_flops(*args: Any) -> int:
 def choose_impl(name: str, impl: str, *tensors: Tensor | None) -> str:
     """The path that `impl` stands for on these tensors: "torch" or "triton". An explicit request never falls back.
 
-    "auto" is "triton" for tensors on a CUDA device, but for float64 and where triton is absent, else "torch". Raises
+    "auto" is "triton" for tensors on a CUDA device that runs kernels, but for float64, else "torch". Raises
     `ValueError` for an unknown `impl` and for "triton" where triton is not installed.
     """
     if impl not in IMPLS:
@@ -120,7 +121,20 @@ def choose_impl(name: str, impl: str, *tensors: Tensor | None) -> str:
         return impl
     present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     suits = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in present)
-    return "triton" if suits and has_triton() else "torch"
+    return "triton" if suits and runs_kernels(present[0].device) else "torch"
+
+
+@cache
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device: a CUDA device of compute capability 8.0 or later, or AMD's.
+
+    A CPU counts where Triton's interpreter is on.
+    """
+    if not has_triton():
+        return False
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def autotuning() -> AbstractContextManager[None]:

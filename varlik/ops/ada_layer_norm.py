@@ -67,7 +67,7 @@ def ada_layer_norm(
 
     Source: "Scalable Diffusion Models with Transformers", Peebles and Xie 2023, section 3.2.
     """
-    impl = _registry.choose_impl("ada_layer_norm", impl, x, scale, shift)
+    impl = _registry.choose_impl("ada_layer_norm", "torch" if _is_wide(dtype, impl) else impl, x, scale, shift)
     sizes = _ARGUMENTS[row_input is not None].check(x, scale, shift, row_class, row_input)
     _check_rows(sizes, x, scale, row_class, row_input)
     dtype = _check_dtype(x, dtype)
@@ -94,12 +94,13 @@ def residual_ada_layer_norm(
 
     Raises as `ada_layer_norm` does.
     """
-    impl = _registry.choose_impl("residual_ada_layer_norm", impl, x, branch, gate, scale, shift)
+    name = "residual_ada_layer_norm"
+    impl = _registry.choose_impl(name, "torch" if _is_wide(dtype, impl) else impl, x, branch, gate, scale, shift)
     sizes = _RESIDUAL_ARGUMENTS[row_input is not None].check(x, branch, gate, scale, shift, row_class, row_input)
     _check_rows(sizes, x, scale, row_class, row_input)
     dtype = _check_dtype(x, dtype)
     inputs = (x, branch, gate, scale, shift, row_class, row_input)
-    return _registry.call("residual_ada_layer_norm", *inputs, eps, dtype, impl)
+    return _registry.call(name, *inputs, eps, dtype, impl)
 
 
 def ada_layer_norm_backward(
@@ -123,7 +124,7 @@ def ada_layer_norm_backward(
 
     Raises `ValueError` for other shapes and several devices, `TypeError` for other dtypes.
     """
-    impl = _registry.choose_impl("ada_layer_norm_backward", impl, grad_out, y, scale)
+    impl = _registry.choose_impl("ada_layer_norm_backward", impl, grad_y, grad_out, y, branch, gate, scale)
     inputs = (grad_y, grad_out, y, branch, gate, scale, row_class)
     _BACKWARD_ARGUMENTS.check(*inputs)
     if len({grad_y is None, branch is None, gate is None}) > 1:
@@ -141,6 +142,11 @@ def _check_rows(
         raise ValueError(
             f"scale: expected shape (R, C) with R = {sizes['R']} and no row_class, got {tuple(scale.shape)}"
         )
+
+
+def _is_wide(dtype: torch.dtype | None, impl: str) -> bool:
+    """Whether a choice is left and the result is to be float64, which kernels do not compute."""
+    return impl == "auto" and dtype == torch.float64
 
 
 def _check_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -233,20 +239,26 @@ def _of_table(grad_rows: Tensor, table: Tensor, row_class: Tensor | None) -> Ten
 
 
 def _autograd(inputs: list[Any], output: Any, needs: Any, impl: str, grad: Tensor) -> tuple[Any, ...]:
-    x, scale, shift, row_class, _, eps, _ = inputs
-    grad_x, _, rows = ada_layer_norm_backward(None, grad, x, None, None, scale, row_class, eps=eps, impl=impl)
-    return grad_x, _of_table(rows[:, 1], scale, row_class), _of_table(rows[:, 2], shift, row_class), *[None] * 4
+    x, scale, shift, row_class, row_input, eps, _ = inputs
+    y = x if row_input is None else x.index_select(0, row_input)
+    grad_x, _, rows = ada_layer_norm_backward(None, grad, y, None, None, scale, row_class, eps=eps, impl=impl)
+    return (
+        grad_x if row_input is None else None,
+        _of_table(rows[:, 1], scale, row_class),
+        _of_table(rows[:, 2], shift, row_class),
+        *[None] * 4,
+    )
 
 
 def _residual_autograd(
     inputs: list[Any], output: Any, needs: Any, impl: str, grad_y: Tensor, grad_out: Tensor
 ) -> tuple[Any, ...]:
-    _, branch, gate, scale, shift, row_class, _, eps, _ = inputs
+    _, branch, gate, scale, shift, row_class, row_input, eps, _ = inputs
     grad_x, grad_branch, rows = ada_layer_norm_backward(
         grad_y, grad_out, output[0], branch, gate, scale, row_class, eps=eps, impl=impl
     )
     tables = [_of_table(rows[:, i], table, row_class) for i, table in enumerate((gate, scale, shift))]
-    return grad_x, grad_branch, *tables, *[None] * 4
+    return grad_x if row_input is None else None, grad_branch, *tables, *[None] * 4
 
 
 def _triton(*inputs: Any) -> Tensor:

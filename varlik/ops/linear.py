@@ -33,8 +33,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "none",
     "gelu_tanh", x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))). Differentiable. `impl` "auto" is "torch"
     everywhere; with "triton" every output is one sum in a fixed order, whatever the number of rows.
 
-    Raises `ValueError` for other shapes, several devices, an activation or an `impl` it lacks, or inputs that require
-    grad; `TypeError` for other dtypes.
+    Raises `ValueError` for other shapes, several devices, or an activation or `impl` it lacks; `TypeError`
+    for other dtypes.
 
     Source: "Gaussian Error Linear Units", Hendrycks and Gimpel 2016, section 2, for the approximation.
     """

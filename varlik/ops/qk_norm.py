@@ -63,7 +63,7 @@ def qk_norm(
 
     Source: "Visual Autoregressive Modeling", Tian et al. 2024, section 3.2 (normalised queries and keys).
     """
-    impl = _registry.choose_impl("qk_norm", impl, qkv, k_pages, v_pages)
+    impl = _registry.choose_impl("qk_norm", impl, qkv, scale, k_pages, v_pages)
     sizes = _ARGUMENTS.check(qkv, scale, k_pages, v_pages, slots)
     if sizes["3C"] != 3 * sizes["H"] * sizes["D"]:
         width = 3 * sizes["H"] * sizes["D"]
@@ -84,7 +84,7 @@ def split_qk_norm(
 
     Raises `ValueError` for a width that is no multiple of 3 H and as `qk_norm` does.
     """
-    impl = _registry.choose_impl("split_qk_norm", impl, qkv)
+    impl = _registry.choose_impl("split_qk_norm", impl, qkv, scale)
     sizes = _SPLIT_ARGUMENTS.check(qkv, scale)
     if num_heads < 1 or sizes["3C"] % (3 * num_heads) or sizes.get("H", num_heads) != num_heads:
         raise ValueError(f"num_heads: expected to divide C = {sizes['3C'] / 3:g} and match scale, got {num_heads}")
@@ -102,7 +102,7 @@ def qk_norm_backward(
 
     Raises as `qk_norm` does.
     """
-    impl = _registry.choose_impl("qk_norm_backward", impl, grad_q, grad_k, grad_v, qkv)
+    impl = _registry.choose_impl("qk_norm_backward", impl, grad_q, grad_k, grad_v, qkv, scale)
     sizes = _BACKWARD_ARGUMENTS.check(grad_q, grad_k, grad_v, qkv, scale)
     if sizes["3C"] != 3 * sizes["H"] * sizes["D"]:
         raise ValueError(f"qkv: expected 3C = 3HD = {3 * sizes['H'] * sizes['D']}, got {tuple(qkv.shape)}")

@@ -62,8 +62,8 @@ def scale_causal_attention(
 
     Returns (R, T, H, D) in the dtype of `q`. Softmax in float32 or wider. Differentiable for rows side by side.
 
-    Raises `ValueError` for other shapes or boundaries, several devices, an `impl` it lacks, or inputs that require
-    grad; `TypeError` for other dtypes.
+    Raises `ValueError` for other shapes or boundaries, several devices, an `impl` it lacks, and gradients
+    with slots; `TypeError` for other dtypes.
 
     Source: "Visual Autoregressive Modeling", Tian et al. 2024, section 3.2 (block-wise causal attention).
     """

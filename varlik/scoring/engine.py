@@ -22,7 +22,7 @@ from varlik import ops
 from varlik.models.config import VARConfig
 from varlik.models.var import VAR
 from varlik.scoring.class_tables import ClassTables
-from varlik.scoring.graphs import Graphs, bucket, capture_cuda
+from varlik.scoring.graphs import CUDACapture, Graphs, bucket
 from varlik.scoring.kv_cache import NO_PAGE, ChunkKeys, InPlace, PagedCache, SideBySide
 from varlik.scoring.memory import Budget, let_malloc_keep_memory
 from varlik.scoring.options import Compute, EngineOptions
@@ -118,7 +118,7 @@ class Engine:
         self.tables = ClassTables(var, self.weights)
         dtype, device = compute.dtype, self.weights.positions.device
         self._budget = Budget.of(device, max_memory)
-        self._graphs = Graphs(capture_cuda) if compute.cuda_graphs else None
+        self._graphs = Graphs(CUDACapture()) if compute.cuda_graphs else None
         per_slot = 2 * self.config.depth * self.config.embed_dim * dtype.itemsize
         self.cache = PagedCache(
             self.config.depth,
@@ -147,13 +147,16 @@ class Engine:
     def warmup(self, rows: int = 1, autotune: bool = False) -> None:
         """Compile, build and capture what scoring `rows` rows takes, by scoring an image of zeros.
 
-        With `autotune`, kernels time their numbers of warps and pipeline stages meanwhile, which stay for the process.
-        Raises `ValueError` for less than one row, and for `autotune` without Triton's path.
+        It is scored scale by scale and in one go; passes over other runs of scales are captured when first run. With
+        `autotune`, kernels time their numbers of warps and pipeline stages meanwhile, which stay for the process.
+        Raises `ValueError` for less than one row, and for `autotune` without Triton's path or with `deterministic`.
         """
         if rows < 1:
             raise ValueError(f"rows: expected 1 or more, got {rows}")
         if autotune and self.compute.impl != "triton":
             raise ValueError("autotune: there are no kernels to tune on torch's path")
+        if autotune and self.compute.deterministic:
+            raise ValueError("autotune: other numbers of warps change the last bits; not with deterministic")
         config, device = self.config, self.weights.positions.device
         self.prepare(torch.arange(config.num_classes, device=device))
         tokens = torch.zeros(1, config.num_tokens, dtype=torch.int64, device=device)
@@ -161,6 +164,9 @@ class Engine:
         features = torch.zeros(1, config.codebook_dim, config.patch_nums[-1], config.patch_nums[-1], device=device)
         image = TokenMaps(tokens, inputs, features, (0,), config.patch_nums)
         labels = torch.arange(rows, device=device).remainder(config.num_classes).unsqueeze(0)
+        # Room for all that follows, for captured passes find keys by their address.
+        room = self.cache.allocate(range(1, config.num_scales), bucket(rows) + rows, beyond_limit=True)
+        self.cache.release(room)
         with ops.autotuning() if autotune else nullcontext():
             for steps in (range(2, config.num_scales + 1), (config.num_scales,)):
                 candidates = self.open(image, labels)
@@ -211,7 +217,8 @@ class Engine:
             group = todo[reached == cached]
             like = self.weights.positions
             layers = 1 if self._side_by_side else self.config.depth
-            size = self._budget.chunk_rows(self.config, cached, to_scale, layers, like.element_size(), like.device)
+            itemsize = self.compute.dtype.itemsize
+            size = self._budget.chunk_rows(self.config, cached, to_scale, layers, itemsize, like.device)
             start = 0
             while start < len(group):
                 chunks = -(-(len(group) - start) // size)  # as many as it takes, all of nearly the same size
@@ -224,6 +231,8 @@ class Engine:
                     if len(rows) == 1:
                         raise
                 size = len(rows) // 2
+                if self._graphs is not None:
+                    self._graphs.clear()
                 torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the chunk
         return candidates
 
@@ -399,19 +408,20 @@ class Engine:
         assert self._graphs is not None
         count, first, end = len(source), self.config.boundaries[cached], self.config.boundaries[to_scale]
         missing = bucket(count) - count
-        spare = self.cache.allocate(range(pages.shape[1]), missing, beyond_limit=True)
+        # Rows beyond the last read what the first reads, for pages that were never written hold NaN.
+        spare = self.cache.allocate(range(cached, to_scale), missing, beyond_limit=True)
         try:
-            slots = self.cache.slots(torch.cat((pages, spare)))
+            read = pages[:1, :cached].expand(missing, -1)
+            slots = self.cache.slots(torch.cat((pages, torch.cat((read, spare), dim=1))))
 
             def score(inputs: Tensor, slots: Tensor, row_class: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
                 return self._score(inputs, None, InPlace(self.cache, slots), row_class, targets, cached, to_scale)
 
             inputs = candidates.inputs[source, first - 1 : end - 1]
             padded = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in (inputs, row_class, targets)]
-            # What a graph reads by address, besides its inputs: a key for each place it has been.
             places = (self.tables.vectors.data_ptr(), *(arena.data_ptr() for arena in self.cache.arenas))
-            key = (count + missing, cached, to_scale, *places)
-            log_prob, scores = self._graphs.run(key, score, padded[0], slots, *padded[1:])
+            key = (count + missing, cached, to_scale)
+            log_prob, scores = self._graphs.run(key, places, score, padded[0], slots, *padded[1:])
         finally:
             self.cache.release(spare)
         return log_prob[:count].clone(), scores[:count].clone()

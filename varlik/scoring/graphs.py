@@ -10,32 +10,40 @@ from torch import Tensor
 
 Pass = Callable[..., tuple[Tensor, ...]]
 Capture = Callable[[Pass, tuple[Tensor, ...]], tuple[Callable[[], None], tuple[Tensor, ...]]]
+Captured = tuple[Hashable, tuple[Tensor, ...], Callable[[], None], tuple[Tensor, ...]]
 
-MAX_GRAPHS = 32  # each holds the activations of its pass
+MAX_GRAPHS = 64
 
 
 class Graphs:
     """Passes that are captured when first run, by key; the least recently run are given up."""
 
     def __init__(self, capture: Capture):
-        """`capture(function, inputs)` returns a replay, which reads `inputs` anew, and the outputs it writes."""
+        """`capture(function, inputs)` returns a replay, which reads `inputs` anew, and the outputs it writes.
+
+        Outputs may be overwritten by any later run: they share memory where the capture lets them.
+        """
         self._capture = capture
-        self._captured: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Callable[[], None], tuple[Tensor, ...]]]
-        self._captured = OrderedDict()
+        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._captured)
 
-    def run(self, key: Hashable, function: Pass, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """`function(*inputs)`, captured under `key`; the next run under this key overwrites the outputs.
+    def clear(self) -> None:
+        """Give up all of them, and the memory they hold."""
+        self._captured.clear()
 
-        A key stands for the shapes of the inputs and for all else that `function` reads by address.
+    def run(self, key: Hashable, places: Hashable, function: Pass, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`function(*inputs)`, captured under `key`, which stands for the shapes of the inputs.
+
+        `places` are the addresses of all else that `function` reads: with others it is captured anew.
         """
         found = self._captured.pop(key, None)
-        if found is None:
+        if found is None or found[0] != places:
+            del found  # its memory first
             static = tuple(tensor.clone() for tensor in inputs)
-            found = (static, *self._capture(function, static))
-        static, replay, outputs = found
+            found = (places, static, *self._capture(function, static))
+        _, static, replay, outputs = found
         for mine, given in zip(static, inputs, strict=True):
             mine.copy_(given)
         replay()
@@ -51,16 +59,24 @@ def bucket(rows: int) -> int:
     return power * 3 // 4 if power >= 4 and rows <= power * 3 // 4 else power
 
 
-def capture_cuda(function: Pass, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """Capture on the device of the inputs, after a run that compiles kernels and makes their constant tables."""
-    device = inputs[0].device
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            function(*inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = function(*inputs)
-    return graph.replay, outputs
+class CUDACapture:
+    """Captures on one device, into one pool of memory: passes run one after the other, so they can share it."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+
+    def __call__(self, function: Pass, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        """Capture, after a run that compiles kernels and makes their constant tables."""
+        device = inputs[0].device
+        with torch.cuda.device(device):
+            # A stream of this device: the one that torch would take belongs to the first device that captured.
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                function(*inputs)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                outputs = function(*inputs)
+        return graph.replay, outputs

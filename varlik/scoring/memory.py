@@ -38,11 +38,12 @@ class Budget:
     ) -> int:
         """Rows that go through scales `cached` + 1 to `to_scale` at a time, at least one.
 
-        A token takes 8 C numbers (stream, norm, joint projection, queries, branch), a key and a value 2 C in each of
-        the `layers` that hold theirs at a time.
+        A token takes 2 C numbers of float32 (stream, before and after) and 6 C of `itemsize` bytes (norm, joint
+        projection, queries, branch), a key and a value 2 C in each of the `layers` that hold theirs at a time.
         """
         new, seen = config.boundaries[to_scale] - config.boundaries[cached], config.boundaries[to_scale]
-        row_bytes = (8 * new + 2 * layers * seen) * config.embed_dim * itemsize
+        wide = max(4, itemsize)
+        row_bytes = (2 * new * wide + (6 * new + 2 * layers * seen) * itemsize) * config.embed_dim
         good = max(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes, -(-CHUNK_TOKENS // new))
         return max(1, min(good, self.chunk // row_bytes))
 

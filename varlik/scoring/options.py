@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from varlik.ops import IMPLS, has_triton
+from varlik.ops import IMPLS, runs_kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,8 +20,8 @@ class EngineOptions:
     - `dtype`: of matrix products, and of keys and values. By default float16 on a CUDA device (float64 for float64
       weights), elsewhere that of the weights. Norms, softmax, sums and the residual stream are float32 at least.
     - `impl`: "torch", "triton", or "auto" for Triton kernels on a CUDA device and torch elsewhere.
-    - `deterministic`: the same bits whatever else is in the batch. Products then take a kernel of fixed tiles in place
-      of cuBLAS, and tables are built class by class. Needs Triton's path; scores of a CPU agree to 1e-5 relative.
+    - `deterministic`: the same bits whatever else is in the batch. Products of a pass then take a kernel of fixed tiles
+      in place of cuBLAS, and tables are built class by class. Needs Triton's path; scores of a CPU agree to 1e-5 relative.
     - `cuda_graphs`: launch a pass over few rows as one captured graph, padded to a few numbers of rows. For a CUDA
       device; it pays where launching takes longer than computing.
 
@@ -56,11 +56,17 @@ class EngineOptions:
         dtype = self.dtype or (torch.float16 if cuda and weights == torch.float32 else weights)
         impl = self.impl
         if impl == "auto":
-            impl = "triton" if cuda and has_triton() and torch.float64 not in (dtype, weights) else "torch"
+            impl = "triton" if cuda and runs_kernels(device) and torch.float64 not in (dtype, weights) else "torch"
+        if impl == "triton" and torch.float64 in (dtype, weights):
+            raise ValueError("impl: Triton kernels do not compute in float64")
+        if impl == "triton" and not runs_kernels(device):
+            raise ValueError(f"impl: Triton kernels cannot run on {device} here")
         if self.deterministic and impl != "triton":
             raise ValueError(f"deterministic: needs Triton kernels, which {device.type} with {dtype} does not take")
         if self.cuda_graphs and not cuda:
             raise ValueError(f"cuda_graphs: needs a CUDA device, got {device}")
+        if self.cuda_graphs and impl != "triton":
+            raise ValueError("cuda_graphs: needs Triton kernels")
         return Compute(dtype, impl, "triton" if self.deterministic else "torch", self.cuda_graphs)
 
 
