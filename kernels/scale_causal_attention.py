@@ -6,9 +6,9 @@
 cut into tiles that do not straddle scales; only leading scales that together fit one tile are merged, under the mask
 above. A tile reads keys up to the end of its last scale, so dead work stays near the attended pairs (`work`).
 
-Where the tokens of a launch fill a tile to a half or less, and rows are enough to keep a device busy all the same, a tile
-takes several rows. Keys of a block that all of them read from the same slots (a shared page) are loaded once; otherwise
-each row's are loaded in turn, and none sees another's.
+Where the tokens of a launch fill a tile to a half or less, and rows are enough to keep a device busy all the same, a
+tile takes several rows. Keys of a block that all of them read from the same slots (a shared page) are loaded once;
+otherwise each row's are loaded in turn, and none sees another's.
 
 Softmax is online, in float32, over key blocks that start at 0 whatever the tiles: for a query, blocks after its last
 key change nothing, so neither the split of scales into launches nor other rows change a bit. Products of float32 are

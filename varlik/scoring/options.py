@@ -21,7 +21,7 @@ class EngineOptions:
       weights), elsewhere that of the weights. Norms, softmax, sums and the residual stream are float32 at least.
     - `impl`: "torch", "triton", or "auto" for Triton kernels on a CUDA device and torch elsewhere.
     - `deterministic`: the same bits whatever else is in the batch. Products of a pass then take a kernel of fixed tiles
-      in place of cuBLAS, and tables are built class by class. Needs Triton's path; scores of a CPU agree to 1e-5 relative.
+      in place of cuBLAS, and tables are built class by class. Needs Triton's path; a CPU's scores agree to 1e-5.
     - `cuda_graphs`: launch a pass over few rows as one captured graph, padded to a few numbers of rows. For a CUDA
       device; it pays where launching takes longer than computing.
 
