@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ CASCADES = (
     Work(geometry="d16", images=1, classes=100, cascade=A_VARC_PLUS),
     Work(geometry="d16", images=1, classes=1000, scales=6, naive_classes=8),
     Work(geometry="d16", images=1, classes=1000, naive_classes=4),
-    Work(geometry="d30", images=1, classes=100, naive_classes=4),
+    Work(geometry="d30", images=1, classes=100, cascade=A_VARC_PLUS),
     Work(geometry="d30", images=1, classes=1000, scales=6, naive_classes=4),
 )
 TINY = (Work(images=1, classes=3), Work(images=1, classes=4, cascade="3:2,6:1"))
@@ -55,38 +56,46 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: there is no CUDA GPU here")
-    report = measure(device, options.parts, options.repeats, options.tiny)
-    name = report["machine"]["device"].lower().replace(" ", "-")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu-{name}{'-tiny' if options.tiny else ''}"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    path.with_suffix(".md").write_text(text)
+    for report in measure(device, options.parts, options.repeats, options.tiny):  # written after every part
+        name = report["machine"]["device"].lower().replace(" ", "-")
+        path = options.out / f"gpu-{name}{'-tiny' if options.tiny else ''}"
+        path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        text = markdown(report)
+        path.with_suffix(".md").write_text(text)
     print(text)
     print(f"wrote {path}.json and {path}.md")
+    if any(note.startswith("FAILED") for note in report["notes"]):
+        raise SystemExit(1)
 
 
-def measure(device: torch.device, parts: Any, repeats: int, tiny: bool) -> dict[str, Any]:
-    """All parts that are asked for, as the JSON file has them."""
+def measure(device: torch.device, parts: Any, repeats: int, tiny: bool) -> Iterator[dict[str, Any]]:
+    """The report as the JSON file has it, after each part that is asked for."""
     started = time.monotonic()
-    report: dict[str, Any] = {"machine": asdict(machine(device)), "tiny": tiny, "notes": []}
-    if "kernels" in parts:
-        report["kernels"], report["peaks"] = kernels(device, repeats, tiny)
-    if "cascades" in parts:
-        report["cascades"] = cascades(device, tiny, report["notes"])
-    if "precision" in parts:
-        report["precision"] = precision(device)
-    report["seconds"] = time.monotonic() - started
-    return report
+    report: dict[str, Any] = {"machine": asdict(machine(device)), "tiny": tiny, "notes": [], "seconds": 0.0}
+    for part in parts:
+        if part == "kernels":
+            report["kernels"], report["peaks"] = kernels(device, repeats, tiny, report["notes"])
+        elif part == "cascades":
+            report["cascades"] = cascades(device, tiny, report["notes"])
+        else:
+            report["precision"] = precision(device)
+        report["seconds"] = time.monotonic() - started
+        yield report
 
 
-def kernels(device: torch.device, repeats: int, tiny: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def kernels(device: torch.device, repeats: int, tiny: bool, notes: list[str]) -> tuple[list[Any], dict[str, float]]:
     """Each kernel beside other ways to do it, and TFLOP/s of a large matrix product, by dtype."""
     rows, peaks = [], {}
     for name in ("float32",) if tiny else DTYPES:
         peaks[name] = gpu_kernels.peak_tflops(device, DTYPES[name], repeats, 256 if tiny else 8192)
         for problem in gpu_kernels.problems(device, DTYPES[name], tiny):
-            for row in gpu_kernels.measure(problem, repeats):
+            try:
+                measured = list(gpu_kernels.measure(problem, repeats, notes))
+            except Exception as error:  # one wrong or failing kernel must not cost the rest of the run
+                notes.append(f"FAILED {problem.name}, {name}: {str(error).splitlines()[0]}")
+                continue
+            for row in measured:
                 rows.append(asdict(row) | {"dtype": name, "share_of_peak": share(row, peaks[name])})
                 print(f"{row.problem:32s} {row.way:32s} {name:9s} {row.milliseconds:9.4f} ms", flush=True)
     return rows, peaks
@@ -100,17 +109,22 @@ def share(row: Measured, peak: float) -> float | None:
 def cascades(device: torch.device, tiny: bool, notes: list[str]) -> list[dict[str, Any]]:
     """Likelihoods and cascades of whole images, engine beside naive ways; what finds no memory is noted."""
     reports = []
-    works = TINY if tiny else [replace(work, dtype=name) for work in CASCADES for name in ("float16", "float32")]
+    works = TINY if tiny else [replace(work, dtype=name) for work in CASCADES for name in dtypes_of(work)]
     for work in works:
         try:
             report = benchmarks.run(replace(work, device=str(device)), repeats=3, memory=False)
-        except torch.cuda.OutOfMemoryError:
-            notes.append(f"out of memory: {work}")
+        except Exception as error:  # out of memory, or scores that differ: the rest of the run goes on
+            notes.append(f"FAILED {work}: {str(error).splitlines()[0]}")
             continue
         engine = next(row for row in report.rows if row.name == ENGINE)
         reports.append(asdict(report) | {"images_per_second": work.images / engine.seconds})
         print(f"{work}: {1000 * engine.seconds / work.images:.1f} ms per image", flush=True)
     return reports
+
+
+def dtypes_of(work: Work) -> tuple[str, ...]:
+    """Both for d16; of d30, which takes a minute to make, the default only."""
+    return ("float16", "float32") if work.geometry == "d16" else ("float16",)
 
 
 def precision(device: torch.device) -> list[dict[str, Any]]:

@@ -46,9 +46,27 @@ def test_a_wrong_result_is_not_timed():
         y, out = problem.exact(*inputs)
         return y, out * 1.01
 
-    bad = gpu_kernels.Problem("bad", problem.inputs, problem.exact, {"wrong": wrong}, 1.0, 1.0)
+    bad = gpu_kernels.Problem("bad", torch.float32, problem.inputs, problem.exact, {"wrong": wrong}, 1.0, 1.0)
     with pytest.raises(ValueError, match="bad: wrong differs from float32 by"):
-        list(gpu_kernels.measure(bad, 1))
+        list(gpu_kernels.measure(bad, 1, []))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_held_to_its_own_tolerance(dtype):
+    for problem in gpu_kernels.problems(CPU, dtype, tiny=True):
+        assert list(gpu_kernels.measure(problem, 1, []))[0].way.startswith("varlik")
+
+
+def test_what_fails_is_put_down_and_the_rest_goes_on(monkeypatch):
+    def broken(*_):
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(gpu_kernels, "measure", broken)
+    notes = []
+    rows, _ = gpu.kernels(CPU, 1, True, notes)
+    assert rows == []
+    assert len(notes) == 6
+    assert all(note.startswith("FAILED") for note in notes)
 
 
 def test_needs_a_gpu(monkeypatch):

@@ -174,7 +174,7 @@ def _ways(bench: Bench) -> tuple[list[str], list[str]]:
     classes, spared = len(bench.labels), len(bench.naive_labels) < len(bench.labels)
     if not bench.plain:
         ways.remove(BATCHED)
-    elif (needed := _batched_bytes(bench)) > physical_memory() / 2:
+    elif (needed := _batched_bytes(bench)) > _memory(bench) / 2:
         ways.remove(BATCHED)
         notes.append(f"{BATCHED}: left out, it would need about {needed / 1e9:.0f} GB")
     if spared:
@@ -184,6 +184,12 @@ def _ways(bench: Bench) -> tuple[list[str], list[str]]:
             f"scores of the others are compared {rest}"
         )
     return ways, notes
+
+
+def _memory(bench: Bench) -> float:
+    """Bytes that the device has, or has free."""
+    device = bench.classifier.device
+    return physical_memory() if device.type == "cpu" else float(torch.cuda.mem_get_info(device)[0])
 
 
 def _batched_bytes(bench: Bench) -> int:
@@ -229,10 +235,12 @@ def _seconds(bench: Bench, work: Callable[[], object]) -> float:
 def _peak_gflops(bench: Bench) -> float:
     """GFLOP/s of a large matrix product in the engine's dtype, the best of three."""
     dtype = bench.classifier.engine.compute.dtype
-    a, b = (torch.rand(PEAK_SIZE, PEAK_SIZE, device=bench.classifier.device, dtype=dtype) for _ in range(2))
+    device = bench.classifier.device
+    size = PEAK_SIZE if device.type == "cpu" else 4 * PEAK_SIZE  # milliseconds, beside which a launch is nothing
+    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     best = min(_seconds(bench, lambda: torch.mm(a, b, out=out)) for _ in range(3))
-    return 2 * PEAK_SIZE**3 / best / 1e9
+    return 2 * size**3 / best / 1e9
 
 
 def _can_tell_memory(bench: Bench) -> bool:
