@@ -37,8 +37,10 @@ BUSY = 256  # programs that keep every multiprocessor of a device at work
 def _slots(slots_ptr, row, n, mask, stride_sr, stride_sl, length):
     """Where the keys of tokens `n` of `row` lie."""
     if slots_ptr is None:
-        return row * length + n
-    return tl.load(slots_ptr + row * stride_sr + n * stride_sl, mask=mask, other=0)
+        slot = row * length + n
+    else:
+        slot = tl.load(slots_ptr + row * stride_sr + n * stride_sl, mask=mask, other=0)
+    return slot
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "length", "num_tiles"])
@@ -140,11 +142,10 @@ def tiles_of(head_dim: int, itemsize: int, limits: Limits) -> Tiles:
         on_sm80 = limits.architecture == 80
         return Tiles(m=16, n=32 if on_sm80 else 16, k=block_d, warps=8, stages=2 if on_sm80 else 1)
     if itemsize == 4:
-        return Tiles(m=32, n=32, k=block_d, warps=8, stages=1)
+        return Tiles(m=32, n=32, k=block_d, warps=8, stages=1 if block_d > 32 else 2)
     if block_d > 64:
         return Tiles(m=64, n=64, k=block_d, warps=8, stages=1)
-    warps = 8 if block_d <= 32 and limits.architecture < 90 else 4
-    return Tiles(m=64, n=64, k=block_d, warps=warps, stages=3)
+    return Tiles(m=64, n=64, k=block_d, warps=8 if block_d <= 32 else 4, stages=3)
 
 
 @lru_cache(maxsize=256)
@@ -198,8 +199,8 @@ def scale_causal_attention(
     tiles = tiles_of(head_dim, q.element_size(), _launch.limits_of(q.device))
     cut, tile_table, end_table = _tables(tuple(boundaries), tokens, tiles.m, q.device)
     rows_of_tile = max(1, tiles.m // triton.next_power_of_2(max(end - first for first, end, _ in cut)))
-    if triton.cdiv(rows, rows_of_tile) * heads < BUSY:
-        rows_of_tile = 1
+    if slots is None or triton.cdiv(rows, rows_of_tile) * heads < BUSY:
+        rows_of_tile = 1  # rows side by side share nothing
     _launch.launch(
         _attention_kernel,
         (triton.cdiv(rows, rows_of_tile) * len(cut), heads),
