@@ -13,6 +13,7 @@ a hot path. `--amd` compiles for gfx942 instead, and asks only that it compiles.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import sys
@@ -23,7 +24,10 @@ from pathlib import Path
 
 import torch
 
-from varlik.kernels import _catalogue, _compile
+if __name__ == "__main__" and importlib.util.find_spec("triton") is None:
+    sys.exit("varlik.kernels.resources: triton is not installed, and nothing can be compiled without it")
+
+from varlik.kernels import _catalogue, _compile, _launch
 from varlik.kernels._compile import Compilation, Usage
 from varlik.kernels._tiles import LDS_BYTES, SHARED_MEMORY, Limits
 from varlik.kernels.scale_causal_attention import key_ends
@@ -91,6 +95,8 @@ def breaches(entry: Entry) -> list[str]:
     limit = SHARED_MEMORY[compilation.architecture]
     if usage.shared > limit:
         found.append(f"wants {usage.shared} bytes of shared memory, of {limit}")
+    if usage.tensor_memory > _compile.TENSOR_MEMORY:
+        found.append(f"wants {usage.tensor_memory} columns of tensor memory, of {_compile.TENSOR_MEMORY}")
     if usage.half_dot and not usage.tensor_core:
         found.append("does a product of 16-bit floats without tensor cores")
     if compilation.name in HOT and not usage.wide_loads:
@@ -187,6 +193,8 @@ def main() -> int:
     parser.add_argument("--amd", action="store_true", help=f"compile for {AMD}, and ask no more")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
+    if _launch.interpreted():
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     try:
         architectures: list[int | str] = [AMD] if options.amd else [int(a) for a in options.arch.split(",")]
     except ValueError:
@@ -196,12 +204,15 @@ def main() -> int:
     dtypes = options.dtype.split(",")
     if unknown := [name for name in dtypes if name not in DTYPES]:
         parser.error(f"--dtype: expected some of {', '.join(DTYPES)}, got {unknown[0]}")
+    wanted = collect(architectures, dtypes, options.kernel, options.usual)
+    if not wanted:
+        parser.error(f"--kernel: no kernel has {options.kernel!r} in its name")
     print(
         f"{'kernel':40s} {'dtype':9s} {'target':7s} {'tiles':18s} {'regs':>4s} {'spill':>5s} {'shared memory':16s} "
         "programs (bound), instructions: tensor cores, wide loads, local memory"
     )
     entries, broken = [], []
-    for entry in examine(collect(architectures, dtypes, options.kernel, options.usual)):
+    for entry in examine(wanted):
         print(line_of(entry), flush=True)
         entries.append(entry)
         broken += [f"{line_of(entry)[:77]} [{entry.problem}] {breach}" for breach in breaches(entry)]

@@ -7,6 +7,8 @@ the shapes of var-d16 and the bundled models on two architectures, and in full w
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -110,6 +112,102 @@ def test_splits_cover_the_vocabulary(codes, tile):
     assert count <= token_log_prob.MAX_SPLITS
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_compiles_what_the_jit_would(dtype):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    for problem, launch in _catalogue.recorded(_catalogue.BUNDLED, dtype, LIMITS[0]):
+        kernel = launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, found, _ = bind(**launch.arguments, **launch.constants)
+        ours = _compile.Compilation.of_launch(launch, 80)
+        assert [kind for kind, _ in found] == [kind for _, kind in ours.signature], problem
+        aligned = [i for i, (kind, trait) in enumerate(found) if kind != "constexpr" and trait]
+        assert aligned == list(ours.aligned), problem
+        assert all(found[i][1] == value for i, value in ours.constants), problem
+
+
+def test_shared_tiles_of_attention_are_in_the_catalogue():
+    """How many rows share a tile is compiled in, so every such number has to be looked at."""
+    for model in (*_catalogue.USUAL, *_catalogue.OTHERS):
+        for dtype in resources.DTYPES.values():
+            attention = [
+                launch
+                for _, launch in _catalogue.recorded(model, dtype, LIMITS[0])
+                if launch.kernel.fn.__name__ == "_attention_kernel"
+            ]
+            tokens = {1, 4, 8, 16, 32, 64}  # of a scale, or of the leading ones, to the next power of two
+            size = attention[0].tiles.m
+            assert {launch.constants["ROWS"] for launch in attention} == {max(1, size // t) for t in tokens}
+
+
+DEFINITION = re.compile(r"^\s*(%\w+)(?::\d+)? = ([\w.]+) (.*)$", re.MULTILINE)
+SHAPING = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi"}
+SUMS = {"arith.addi", "arith.subi"}
+# Offsets within a slot and within a weight, whose factors are both small.
+NARROW = {"qk_norm.forward": 2, "linear.linear": 1}
+
+
+def narrow_products(ttir):
+    """Products of two variables in 32 bits that an address is computed from."""
+    definitions = {}
+    for name, operation, rest in DEFINITION.findall(ttir):
+        operands, _, kind = rest.split(" loc(")[0].partition(" : ")
+        definitions[name] = operation, re.findall(r"%\w+", operands), kind
+
+    def is_constant(name):
+        operation, operands, _ = definitions.get(name, ("", [], ""))
+        return operation == "arith.constant" or (operation in SHAPING and is_constant(operands[0]))
+
+    found, seen = set(), set()
+
+    def visit(name):
+        if name in seen or name not in definitions:
+            return
+        seen.add(name)
+        operation, operands, kind = definitions[name]
+        if operation == "arith.muli" and kind.endswith(("i32", "i32>")) and not any(map(is_constant, operands)):
+            found.add(name)
+        if operation in SHAPING | SUMS | {"arith.muli"}:
+            for operand in operands:
+                visit(operand)
+
+    offsets = [operands[1] for operation, operands, _ in definitions.values() if operation == "tt.addptr"]
+    assert offsets
+    for offset in offsets:
+        visit(offset)
+    return found
+
+
+@pytest.mark.slow
+def test_products_of_sizes_take_64_bits():
+    """In every address; what remains in 32 bits are products with a constant."""
+    kinds = {}
+    for _, _, compilation in resources.collect([80], ["float16"], usual=True):
+        kinds.setdefault((compilation.name, compilation.signature), compilation)
+    for (name, _), compilation in kinds.items():
+        assert len(narrow_products(compilation.compile().asm["ttir"])) <= NARROW.get(name, 0), name
+
+
+def test_narrow_products_are_seen():
+    ttir = """
+      %c4 = arith.constant 4 : i32 loc(#loc1)
+      %row = tt.get_program_id x : i32 loc(#loc1)
+      %block = arith.muli %row, %c4 : i32 loc(#loc1)
+      %place = arith.muli %block, %stride : i32 loc(#loc1)
+      %wide = arith.extsi %place : i32 to i64 loc(#loc1)
+      %at = tt.addptr %x_ptr, %wide : !tt.ptr<f32>, i64 loc(#loc1)
+    """
+    assert narrow_products(ttir) == {"%place"}
+    assert (
+        narrow_products(ttir.replace("%place = arith.muli %block, %stride : i32", "%place = arith.addi %block"))
+        == set()
+    )
+
+
 @pytest.mark.slow
 def test_shipped_kernels_are_within_budget():
     everything = os.environ.get("VARLIK_ALL_KERNELS") == "1"
@@ -153,6 +251,7 @@ def small_entry(**usage):
         ({"stack": 8}, ["spills 8 bytes of registers"]),
         ({"local_memory": 1}, ["spills 0 bytes of registers"]),
         ({"shared": 101_377}, ["wants 101377 bytes of shared memory, of 101376"]),
+        ({"tensor_memory": 1024}, ["wants 1024 columns of tensor memory, of 512"]),
         ({"tensor_core": 0}, ["does a product of 16-bit floats without tensor cores"]),
         ({"wide_loads": 0}, ["has no load of 16 bytes"]),
     ],
@@ -182,6 +281,28 @@ def test_refuses_options(option, value, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         resources.main()
     assert f"{option}: expected" in capsys.readouterr().err
+
+
+def test_refuses_a_kernel_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["resources", "--usual", "--arch", "80", "--kernel", "nonesuch"])
+    with pytest.raises(SystemExit):
+        resources.main()
+    assert "--kernel: no kernel has 'nonesuch' in its name" in capsys.readouterr().err
+
+
+def test_says_what_it_lacks():
+    """One line where triton is absent, and where the interpreter stands in for the compiler."""
+    module = "varlik.kernels.resources"
+    absent = f"import sys, runpy; sys.modules['triton'] = None; runpy.run_module({module!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", absent], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"{module}: triton is not installed, and nothing can be compiled without it",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
 
 
 def test_occupancy():
