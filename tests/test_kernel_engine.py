@@ -128,11 +128,12 @@ def test_rows_that_pad_a_captured_pass_touch_no_other(var, samples, monkeypatch)
         torch.testing.assert_close(rows.log_likelihood[:, :scale], wanted[:, :scale], rtol=1e-6, atol=0)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-def test_cuda_graphs_replay(var, samples):
-    options = {"deterministic": True, **PRECISE}
-    wanted = staged(engine_of(var, **options), samples).log_likelihood
-    engine = engine_of(var, cuda_graphs=True, **options)
-    for _ in range(3):
-        torch.testing.assert_close(staged(engine, samples).log_likelihood, wanted, rtol=0, atol=0, equal_nan=True)
-    assert len(engine._graphs) > 0
+if DEVICE == "cuda":  # there is nothing to capture in the interpreter
+
+    def test_cuda_graphs_replay(var, samples):
+        options = {"deterministic": True, **PRECISE}
+        wanted = staged(engine_of(var, **options), samples).log_likelihood
+        engine = engine_of(var, cuda_graphs=True, **options)
+        for _ in range(3):
+            torch.testing.assert_close(staged(engine, samples).log_likelihood, wanted, rtol=0, atol=0, equal_nan=True)
+        assert len(engine._graphs) > 0
