@@ -139,8 +139,7 @@ def tiles_of(head_dim: int, itemsize: int, limits: Limits) -> Tiles:
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4 and block_d > 64:
-        on_sm80 = limits.architecture == 80
-        return Tiles(m=16, n=32 if on_sm80 else 16, k=block_d, warps=8, stages=2 if on_sm80 else 1)
+        return Tiles(m=16, n=32, k=block_d, warps=16, stages=2)
     if itemsize == 4:
         return Tiles(m=32, n=32, k=block_d, warps=8, stages=1 if block_d > 32 else 2)
     if block_d > 64:
