@@ -54,7 +54,7 @@ def _forward_kernel(
     row = (tl.program_id(0) // parts).to(tl.int64)
     pair = (tl.program_id(0) % parts) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,): token by token, head by head
     t = (pair // HEADS).to(tl.int64)
-    h = pair % HEADS
+    h = (pair % HEADS).to(tl.int64)
     in_row = t < tokens
     d = tl.arange(0, BLOCK_D)
     mask = in_row[:, None] & (d < HEAD_DIM)[None, :]

@@ -52,7 +52,7 @@ def truth(var, samples):
 def ready(var, in_place=False, **options):
     """With `in_place`, attention follows slots through the arenas, as on a GPU."""
     engine = Engine(var, EngineOptions(**options))
-    engine._side_by_side = not in_place
+    engine.passes.side_by_side = not in_place
     engine.prepare(torch.arange(CLASSES))
     return engine
 
@@ -102,7 +102,7 @@ def test_captured_passes_score_the_same(var, samples, truth):
         return replay, outputs
 
     engine = ready(var, in_place=True)
-    engine._graphs = Graphs(capture)
+    engine.passes.graphs = Graphs(capture)
     free = engine.cache.slots_held
     for _ in range(2):
         rows = engine.advance(engine.open(samples[0], all_classes(), per_token=True), 2)
@@ -111,7 +111,7 @@ def test_captured_passes_score_the_same(var, samples, truth):
         check(rows, truth)
         engine.close(rows)
     assert set(runs) == {24, 16}  # of 18 and 14 rows
-    assert len(engine._graphs) < len(runs)
+    assert len(engine.passes.graphs) < len(runs)
     assert engine.cache.slots_held == free
     engine.warmup(5)
     with pytest.raises(ValueError, match="rows: expected 1 or more, got 0"):
@@ -245,15 +245,15 @@ def test_only_what_a_later_stage_may_read_is_kept(var, samples, truth, in_place)
 
 def test_a_chunk_that_finds_no_memory_is_halved(var, samples, truth, monkeypatch):
     engine = ready(var)
-    sizes, forward = [], engine._forward
+    sizes, run = [], engine.passes.run
 
-    def scarce(candidates, rows, *rest):
-        sizes.append(len(rows))
-        if len(rows) > 3:
+    def scarce(tokens, inputs, source, *rest):
+        sizes.append(len(source))
+        if len(source) > 3:
             raise torch.cuda.OutOfMemoryError("no room")
-        return forward(candidates, rows, *rest)
+        return run(tokens, inputs, source, *rest)
 
-    monkeypatch.setattr(engine, "_forward", scarce)
+    monkeypatch.setattr(engine.passes, "run", scarce)
     held = engine.cache.pages_held
     rows = engine.advance(engine.open(samples[0], all_classes()), 4)
     check(rows, truth)
@@ -261,7 +261,7 @@ def test_a_chunk_that_finds_no_memory_is_halved(var, samples, truth, monkeypatch
     assert max(sizes[3:]) <= 3
     engine.close(rows)
     assert engine.cache.pages_held == held
-    monkeypatch.setattr(engine, "_forward", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none")))
+    monkeypatch.setattr(engine.passes, "run", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none")))
     rows = engine.open(samples[0], all_classes())
     with pytest.raises(torch.cuda.OutOfMemoryError):
         engine.advance(rows, 4)

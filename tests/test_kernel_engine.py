@@ -122,7 +122,7 @@ def test_rows_that_pad_a_captured_pass_touch_no_other(var, samples, monkeypatch)
     engine = engine_of(var, **PRECISE)
     few = labels(1)[:, :5]
     wanted = engine.advance(engine.open(samples[0][:1], few), 3).log_likelihood
-    engine._graphs = Graphs(lambda function, inputs: (lambda: None, function(*inputs)))
+    engine.passes.graphs = Graphs(lambda function, inputs: (lambda: None, function(*inputs)))
     for scale in (2, 3):
         rows = engine.advance(engine.open(samples[0][:1], few), scale)
         torch.testing.assert_close(rows.log_likelihood[:, :scale], wanted[:, :scale], rtol=1e-6, atol=0)
@@ -136,4 +136,4 @@ if DEVICE == "cuda":  # there is nothing to capture in the interpreter
         engine = engine_of(var, cuda_graphs=True, **options)
         for _ in range(3):
             torch.testing.assert_close(staged(engine, samples).log_likelihood, wanted, rtol=0, atol=0, equal_nan=True)
-        assert len(engine._graphs) > 0
+        assert len(engine.passes.graphs) > 0

@@ -148,7 +148,7 @@ DEFINITION = re.compile(r"^\s*(%\w+)(?::\d+)? = ([\w.]+) (.*)$", re.MULTILINE)
 SHAPING = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi"}
 SUMS = {"arith.addi", "arith.subi"}
 # Offsets within a slot and within a weight, whose factors are both small.
-NARROW = {"qk_norm.forward": 2, "linear.linear": 1}
+NARROW = {"linear.linear": 1}
 
 
 def narrow_products(ttir):

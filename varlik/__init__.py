@@ -7,10 +7,12 @@ classifier.classify(["shoe.png"]).names
 
 from varlik._version import __version__
 from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage
-from varlik.classifier import Prediction, VARClassifier, load
+from varlik.classifier import VARClassifier, load
 from varlik.drop_in import accelerate
 from varlik.models.checkpoints import CheckpointError
 from varlik.models.presets import list_models
+from varlik.prediction import Prediction
+from varlik.scoring.options import EngineOptions
 from varlik.tokens import TokenMaps
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "VARC",
     "Cascade",
     "CheckpointError",
+    "EngineOptions",
     "Prediction",
     "Stage",
     "TokenMaps",

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from varlik.models.quantizer import MultiScaleQuantizer
-from varlik.scoring.engine import Engine, agreeing_scales
+from varlik.scoring.candidates import agreeing_scales
+from varlik.scoring.engine import Engine
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 

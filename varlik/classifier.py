@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from varlik import cascade as cascades
 from varlik import images as image_files
-from varlik.cascade import VARC, Cascade, SampleScores, StageResult
+from varlik.cascade import VARC, Cascade, SampleScores
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
+from varlik.prediction import Cost, Prediction, from_stages, merge_batches
 from varlik.scoring.engine import Engine
 from varlik.scoring.options import EngineOptions
 from varlik.smoothing import Aggregate, Smoothing
@@ -30,45 +30,6 @@ Images = Any
 
 Classes = Sequence[int | str] | Tensor | None
 """Classes by index or name; None means every class of the model."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a prediction took.
-
-    `tokens` (B,) that went through the transformer for each image, `full_tokens` that a naive pass per candidate class
-    would send, `seconds` for the whole batch, tokenising included.
-    """
-
-    tokens: Tensor
-    full_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Answer for B images among N candidate classes.
-
-    - `classes` (B,) int64: the best class of each image, `names` likewise as text.
-    - `labels` (N,): the candidate classes; the columns below follow it.
-    - `log_likelihood` (B, N): scores of the last stage in natural log; NaN for classes that an earlier stage dropped.
-    - `posterior` (B, N): probability of each class under the prior; 0 for dropped classes.
-    - `ranking` (B, N): all candidate classes, best first; a class dropped earlier stands behind those that went
-      further.
-    - `stages`: what every stage of the cascade scored. `cost`: what it took.
-    """
-
-    classes: Tensor
-    names: tuple[str, ...]
-    labels: Tensor
-    log_likelihood: Tensor
-    posterior: Tensor
-    ranking: Tensor
-    stages: tuple[StageResult, ...]
-    cost: Cost
-
-    def __len__(self) -> int:
-        return len(self.classes)
 
 
 def load(
@@ -84,9 +45,10 @@ def load(
     where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU. `options` are those of
     `EngineOptions`: `max_memory`, `dtype`, `impl`, `deterministic`, `cuda_graphs`.
 
-    Raises `FileNotFoundError` when something is neither here nor to be had, and `ValueError` for an unknown name or a
-    checkpoint that does not fit, with the tensors that differ.
+    Raises `FileNotFoundError` when something is neither here nor to be had, `ValueError` for an unknown name or a
+    checkpoint that does not fit, with the tensors that differ, and as `EngineOptions` for options.
     """
+    EngineOptions(**options)  # what is wrong with them is said before anything is fetched
     device = _device(device)
     loaded = checkpoints.load_models(source, vqvae)
     return VARClassifier(
@@ -285,13 +247,13 @@ class VARClassifier:
         results = [
             cascades.run(cascade, self.engine, self.vqvae.quantize, batch, labels, log_prior, how) for batch in batches
         ]
-        stages = tuple(_merge(parts) for parts in zip(*results, strict=True))
+        stages = tuple(merge_batches(parts) for parts in zip(*results, strict=True))
         cost = Cost(
             tokens=torch.stack([stage.tokens for stage in stages]).sum(0),
             full_tokens=len(labels) * self.var.config.num_tokens,
             seconds=time.perf_counter() - started,
         )
-        return self._prediction(labels, log_prior, stages, cost)
+        return from_stages(labels, log_prior, stages, cost, self._name)
 
     def reconstruct(self, images: Images, scales: int | None = None) -> Tensor:
         """Images decoded from their first `scales` token maps (default: all): (B, C, S, S) in [0, 1].
@@ -377,28 +339,6 @@ class VARClassifier:
                 parts.append(scores(rows, scales, samples, depth=scales, retain=0))
         return torch.cat(parts)
 
-    def _prediction(self, labels: Tensor, log_prior: Tensor, stages: tuple[StageResult, ...], cost: Cost) -> Prediction:
-        column = torch.full((self.null_class + 1,), -1, device=labels.device)
-        column[labels] = torch.arange(len(labels), device=labels.device)
-        last = stages[-1]
-        shape = (len(last.labels), len(labels))
-        log_likelihood = torch.full(shape, torch.nan, dtype=torch.float32, device=labels.device)
-        log_likelihood.scatter_(1, column[last.labels], last.log_likelihood)
-        posterior = torch.zeros(shape, dtype=torch.float32, device=labels.device)
-        posterior.scatter_(1, column[last.labels], (last.log_likelihood + log_prior[last.labels]).softmax(-1))
-        # Later stages overwrite earlier ones: a class is ranked by the last stage it reached, then by its score there.
-        reached = torch.zeros(shape, dtype=torch.float32, device=labels.device)
-        score = torch.zeros(shape, dtype=torch.float32, device=labels.device)
-        for number, stage in enumerate(stages, start=1):
-            columns = column[stage.labels]
-            reached.scatter_(1, columns, float(number))
-            score.scatter_(1, columns, stage.log_likelihood + log_prior[stage.labels])
-        by_score = torch.argsort(score, dim=1, descending=True, stable=True)
-        by_stage = torch.argsort(reached.gather(1, by_score), dim=1, descending=True, stable=True)
-        ranking = labels[by_score.gather(1, by_stage)]
-        names = tuple(self._name(int(i)) for i in ranking[:, 0])
-        return Prediction(ranking[:, 0], names, labels, log_likelihood, posterior, ranking, stages, cost)
-
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
@@ -409,17 +349,6 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch refuses an absent GPU by AssertionError
         raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return found
-
-
-def _merge(parts: tuple[StageResult, ...]) -> StageResult:
-    """One stage's results on several batches, as one."""
-    return replace(
-        parts[0],
-        labels=torch.cat([part.labels for part in parts]),
-        log_likelihood=torch.cat([part.log_likelihood for part in parts]),
-        tokens=torch.cat([part.tokens for part in parts]),
-        seconds=sum(part.seconds for part in parts),
-    )
 
 
 def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 
 from varlik import reference
 from varlik.cascade import AVARC_PLUS, VARC, Cascade
-from varlik.classifier import Prediction, VARClassifier, load
+from varlik.classifier import VARClassifier, load
 from varlik.evaluation.samples import samples
+from varlik.prediction import Prediction
 from varlik.tokens import TokenMaps
 
 

@@ -8,31 +8,27 @@ scored scales stay in pages, so a later stage reads them and starts where the ea
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from varlik import ops
-from varlik.models.config import VARConfig
 from varlik.models.var import VAR
+from varlik.scoring.candidates import PER_ROW, Candidates, agreeing_scales
 from varlik.scoring.class_tables import ClassTables
-from varlik.scoring.graphs import CUDACapture, Graphs, bucket
-from varlik.scoring.kv_cache import NO_PAGE, ChunkKeys, InPlace, PagedCache, SideBySide
+from varlik.scoring.graphs import bucket
+from varlik.scoring.kv_cache import NO_PAGE, PagedCache
 from varlik.scoring.memory import Budget, let_malloc_keep_memory
 from varlik.scoring.options import Compute, EngineOptions
-from varlik.scoring.packed_weights import pack, run_blocks
+from varlik.scoring.packed_weights import pack
+from varlik.scoring.passes import Passes
 from varlik.tokens import TokenMaps
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-# Passes over at most so many tokens are launched as CUDA graphs where those are asked for.
-GRAPHED_TOKENS = 16_384
 
 
 def _undisturbed(method: Method) -> Method:
@@ -45,51 +41,6 @@ def _undisturbed(method: Method) -> Method:
             return method(self, *args, **options)
 
     return cast(Method, call)
-
-
-@dataclass
-class Candidates:
-    """R rows (image, sample, class) of one engine: what they have scored so far and where their keys and values lie.
-
-    - `image`, `sample`, `label`, `source` (R,): the row's image, sample number, class, and token maps in `tokens`.
-    - `log_likelihood` (R, K): natural log, summed over the tokens of each scale; NaN where not scored yet.
-    - `token_log_prob` (R, L): kept when asked for at `open`, NaN where not scored yet.
-    - `scored` (R,): scales scored; `cached` (R,): scales whose keys and values are in `pages` (R, K).
-    - `tokens` (M, L), `inputs` (M, L - 1, Cvae): token maps and teacher-forcing input of M (image, sample) pairs.
-    - `evaluated` (R,): tokens that went through the transformer for the row.
-    - `shared_prefix`: scales whose pages are the null class's, see `Engine.open`.
-    """
-
-    engine: Engine | None = field(repr=False)  # None when used up
-    image: Tensor
-    sample: Tensor
-    label: Tensor
-    source: Tensor
-    log_likelihood: Tensor
-    token_log_prob: Tensor | None
-    scored: Tensor
-    cached: Tensor
-    pages: Tensor
-    evaluated: Tensor
-    tokens: Tensor
-    inputs: Tensor
-    shared_prefix: int = 0
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def per_token(self) -> Tensor:
-        """log p(token | coarser token maps, class), (R, L). Raises `ValueError` if not asked for at `open`."""
-        if self.token_log_prob is None:
-            raise ValueError("candidates: opened without per_token")
-        return self.token_log_prob
-
-    def total(self, scales: int) -> Tensor:
-        """log p(first `scales` token maps | class), (R,); NaN for rows not scored so far."""
-        return self.log_likelihood[:, :scales].double().sum(1).float()
-
-
-_PER_ROW = ("image", "sample", "label", "source", "log_likelihood", "scored", "cached", "pages", "evaluated")
 
 
 class Engine:
@@ -111,14 +62,10 @@ class Engine:
 
     def _build(self, var: VAR, compute: Compute, max_memory: int | None) -> None:
         self.config, self.compute = var.config, compute
-        self._side_by_side = var.pos_start.device.type == "cpu" and compute.impl == "torch"
-        if self._side_by_side:
-            let_malloc_keep_memory()
         self.weights = pack(var, compute)
         self.tables = ClassTables(var, self.weights)
         dtype, device = compute.dtype, self.weights.positions.device
         self._budget = Budget.of(device, max_memory)
-        self._graphs = Graphs(CUDACapture()) if compute.cuda_graphs else None
         per_slot = 2 * self.config.depth * self.config.embed_dim * dtype.itemsize
         self.cache = PagedCache(
             self.config.depth,
@@ -130,6 +77,9 @@ class Engine:
             device=device,
         )
         self._class_pages = torch.empty(0, dtype=torch.int64, device=device)
+        self.passes = Passes(self.weights, self.tables, self.cache)
+        if self.passes.side_by_side:
+            let_malloc_keep_memory()
 
     @_undisturbed
     def prepare(self, labels: Tensor) -> None:
@@ -215,10 +165,9 @@ class Engine:
         reached = candidates.cached[todo]
         for cached in reached.unique().tolist():
             group = todo[reached == cached]
-            like = self.weights.positions
-            layers = 1 if self._side_by_side else self.config.depth
+            layers = 1 if self.passes.side_by_side else self.config.depth
             itemsize = self.compute.dtype.itemsize
-            size = self._budget.chunk_rows(self.config, cached, to_scale, layers, itemsize, like.device)
+            size = self._budget.chunk_rows(self.config, cached, to_scale, layers, itemsize, reached.device)
             start = 0
             while start < len(group):
                 chunks = -(-(len(group) - start) // size)  # as many as it takes, all of nearly the same size
@@ -231,8 +180,7 @@ class Engine:
                     if len(rows) == 1:
                         raise
                 size = len(rows) // 2
-                if self._graphs is not None:
-                    self._graphs.clear()
+                self.passes.forget()
                 torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the chunk
         return candidates
 
@@ -247,7 +195,7 @@ class Engine:
         dropped[rows] = False
         if int(dropped.sum()) != len(candidates) - len(rows):
             raise ValueError("rows: expected every row at most once")
-        kept: dict[str, Any] = {name: getattr(candidates, name)[rows] for name in _PER_ROW}
+        kept: dict[str, Any] = {name: getattr(candidates, name)[rows] for name in PER_ROW}
         per_token = None if candidates.token_log_prob is None else candidates.token_log_prob[rows]
         left = replace(candidates, token_log_prob=per_token, **kept)
         self.cache.release(candidates.pages[dropped, 1:])
@@ -283,7 +231,7 @@ class Engine:
         )
         agreeing = agreeing_scales(self.config, candidates.tokens[candidates.source[clean]], new.tokens[new.source])
         self._share_prefix(candidates, clean, new, agreeing)
-        merged: dict[str, Any] = {name: torch.cat((getattr(candidates, name), getattr(new, name))) for name in _PER_ROW}
+        merged: dict[str, Any] = {name: torch.cat((getattr(candidates, name), getattr(new, name))) for name in PER_ROW}
         per_token = None
         if candidates.token_log_prob is not None and new.token_log_prob is not None:
             per_token = torch.cat((candidates.token_log_prob, new.token_log_prob))
@@ -347,13 +295,15 @@ class Engine:
         if kept <= cached or self.cache.room(range(cached, kept)) < len(rows):
             kept = cached
         # What need not be kept takes pages only where kernels attend to keys in the arenas.
-        paged = kept if self._side_by_side else to_scale
+        paged = kept if self.passes.side_by_side else to_scale
         pages = candidates.pages[rows, :paged]
         pages[:, cached:] = NO_PAGE
         try:
             pages[:, cached:kept] = self.cache.allocate(range(cached, kept), len(rows))
             pages[:, kept:] = self.cache.allocate(range(kept, paged), len(rows), beyond_limit=True)
-            log_prob, scores = self._forward(candidates, rows, pages, cached, to_scale)
+            row_class = self.tables.rows(candidates.label[rows])
+            tokens, inputs, source = candidates.tokens, candidates.inputs, candidates.source[rows]
+            log_prob, scores = self.passes.run(tokens, inputs, source, row_class, pages, cached, to_scale)
         except BaseException:
             self.cache.release(pages[:, cached:])
             raise
@@ -366,96 +316,6 @@ class Engine:
         candidates.pages[rows, :kept] = pages[:, :kept]
         candidates.cached[rows] = kept
         candidates.scored[rows] = to_scale
-
-    def _chunk_keys(self, pages: Tensor, cached: int, to_scale: int) -> ChunkKeys:
-        """Access to the keys and values of `pages` (n, k), of which the first `cached` scales are written."""
-        slots = self.cache.slots(pages)
-        if not self._side_by_side:
-            return InPlace(self.cache, slots)
-        first, end = self.config.boundaries[cached], self.config.boundaries[to_scale]
-        return SideBySide(self.cache, slots[:, :first], slots[:, first:], end)
-
-    def _forward(
-        self, candidates: Candidates, rows: Tensor, pages: Tensor, cached: int, to_scale: int
-    ) -> tuple[Tensor, Tensor]:
-        """Token log-probs (n, T) of scales `cached` + 1 to `to_scale`, and their sums by scale.
-
-        Keys and values are read from and left in `pages` (n, k).
-        """
-        first, end = self.config.boundaries[cached], self.config.boundaries[to_scale]
-        row_class = self.tables.rows(candidates.label[rows])
-        source = candidates.source[rows]
-        targets = candidates.tokens[source, first:end]
-        if self._graphs is not None and targets.numel() <= GRAPHED_TOKENS:
-            return self._forward_graphed(candidates, source, pages, row_class, targets, cached, to_scale)
-        # Inputs depend on the image alone: embedded once, however many classes read them.
-        sources, own = source.unique(return_inverse=True)
-        inputs = candidates.inputs[sources, first - 1 : end - 1]
-        keys = self._chunk_keys(pages, cached, to_scale)
-        return self._score(inputs, own, keys, row_class, targets, cached, to_scale)
-
-    def _forward_graphed(
-        self,
-        candidates: Candidates,
-        source: Tensor,
-        pages: Tensor,
-        row_class: Tensor,
-        targets: Tensor,
-        cached: int,
-        to_scale: int,
-    ) -> tuple[Tensor, Tensor]:
-        """As `_forward`, padded to a number of rows that has been captured; rows beyond write to pages of their own."""
-        assert self._graphs is not None
-        count, first, end = len(source), self.config.boundaries[cached], self.config.boundaries[to_scale]
-        missing = bucket(count) - count
-        # Rows beyond the last read what the first reads, for pages that were never written hold NaN.
-        spare = self.cache.allocate(range(cached, to_scale), missing, beyond_limit=True)
-        try:
-            read = pages[:1, :cached].expand(missing, -1)
-            slots = self.cache.slots(torch.cat((pages, torch.cat((read, spare), dim=1))))
-
-            def score(inputs: Tensor, slots: Tensor, row_class: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-                return self._score(inputs, None, InPlace(self.cache, slots), row_class, targets, cached, to_scale)
-
-            inputs = candidates.inputs[source, first - 1 : end - 1]
-            padded = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in (inputs, row_class, targets)]
-            places = (self.tables.vectors.data_ptr(), *(arena.data_ptr() for arena in self.cache.arenas))
-            key = (count + missing, cached, to_scale)
-            log_prob, scores = self._graphs.run(key, places, score, padded[0], slots, *padded[1:])
-        finally:
-            self.cache.release(spare)
-        return log_prob[:count].clone(), scores[:count].clone()
-
-    def _score(
-        self,
-        inputs: Tensor,
-        own: Tensor | None,
-        keys: ChunkKeys,
-        row_class: Tensor,
-        targets: Tensor,
-        cached: int,
-        to_scale: int,
-    ) -> tuple[Tensor, Tensor]:
-        """One pass: row r reads `inputs[own[r]]`, or the r-th without `own`, of (M, T, Cvae), and scores `targets`."""
-        weights, impl = self.weights, self.compute.impl
-        boundaries = list(self.config.boundaries[: to_scale + 1])
-        first, end = boundaries[cached], boundaries[to_scale]
-        stream = ops.linear(inputs, *weights.words, impl=self.compute.product_impl) + weights.positions[first:end]
-
-        def attend(i: int, qkv: Tensor) -> Tensor:
-            where = keys.open(i)
-            q = ops.qk_norm(qkv, weights.blocks[i].q_scale, *where, impl=impl)
-            keys.close(i)
-            out = ops.scale_causal_attention(q, *where, boundaries, softmax_scale=weights.softmax_scale, impl=impl)
-            return out.flatten(2)
-
-        # A copy of each row's class vectors is smaller than its activations, and saves a CPU many small look-ups.
-        if self._side_by_side:
-            u = run_blocks(weights, stream, self.tables.vectors[row_class], None, attend, own)
-        else:
-            u = run_blocks(weights, stream, self.tables.vectors, row_class, attend, own)
-        scales = [b - first for b in boundaries[cached:]]
-        return ops.scale_log_prob(u, *weights.head, targets, scales, impl=impl)
 
     def _share_prefix(self, candidates: Candidates, clean: Tensor, new: Candidates, agreeing: Tensor) -> None:
         """Let each row of `new` hold the pages and scores of its clean row, as far as it has them and scales agree."""
@@ -504,10 +364,3 @@ class Engine:
         rows.cached.fill_(prefix)
         first_of_image = torch.arange(0, len(rows), len(rows) // len(owner), device=rows.label.device)
         rows.evaluated[first_of_image] = owner.evaluated
-
-
-def agreeing_scales(config: VARConfig, clean: Tensor, other: Tensor) -> Tensor:
-    """How many leading scales agree in every token, (n,), of tokens (n, L)."""
-    equal = clean == other
-    whole = [equal[:, a:b].all(1) for a, b in itertools.pairwise(config.boundaries)]
-    return torch.stack(whole, dim=1).long().cumprod(1).sum(1)
