@@ -81,21 +81,20 @@ def call(name: str, *args: Any) -> Any:
     other special tensors); directly otherwise, for the dispatcher's way into Python and back takes as long as a small
     op.
     """
-    plain = all(_plain(arg) for arg in args if isinstance(arg, Tensor))
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not plain:
-        return getattr(torch.ops.varlik, name)(*args)
-    return _run(name, *args)
-
-
-def _plain(tensor: Tensor) -> bool:
-    differentiated = tensor.requires_grad and torch.is_grad_enabled()
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta and not differentiated
+    listening = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    grad = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, Tensor):
+            plain = type(arg) in (Tensor, Parameter) and not arg.is_meta
+            listening = listening or not plain or (grad and arg.requires_grad)
+    return getattr(torch.ops.varlik, name)(*args) if listening else _run(name, *args)
 
 
 def _run(name: str, *args: Any) -> Any:
     *inputs, impl = args
     # The types of the inputs decide, not an autocast region around the call: it would halve a norm's precision.
-    device = next(x for x in inputs if isinstance(x, Tensor)).device.type
+    first = inputs[0] if inputs[0] is not None else inputs[1]
+    device = first.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _PATHS[name][impl](*inputs)
