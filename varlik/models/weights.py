@@ -6,6 +6,7 @@ tensors; what does not fit is refused, with the tensors that differ.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -241,3 +242,13 @@ def some(names: Sequence[str]) -> str:
     """The first few of `names`, and how many more there are."""
     shown = ", ".join(names[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+
+
+def digest(module: nn.Module) -> str:
+    """32 hexadecimal digits that stand for the names, shapes and values of a module's weights."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        plain = value.detach().cpu().contiguous()
+        found.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        found.update(plain.view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

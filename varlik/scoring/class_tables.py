@@ -107,7 +107,7 @@ class ClassTables:
             return page[:, 1].flatten(1).unsqueeze(1)  # one key: attention returns its value
 
         x = (made.start + weights.start + weights.positions[0]).unsqueeze(1)  # (n, 1, C)
-        u = run_blocks(weights, x, vectors, None, attend)
+        _, u = run_blocks(weights, x, vectors, None, attend)
         head, bias = weights.head
         # In the model's precision: this is done once, and logits of half precision would be rounded.
         logits = F.linear(u[:, 0].to(vectors.dtype), head.to(vectors.dtype), bias.to(vectors.dtype))

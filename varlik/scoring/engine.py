@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varlik import ops
 from varlik.models.var import VAR
+from varlik.models.weights import digest
 from varlik.scoring.candidates import PER_ROW, Candidates, agreeing_scales
 from varlik.scoring.class_tables import ClassTables
 from varlik.scoring.graphs import bucket
@@ -60,8 +61,13 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self._build(var, compute, options.max_memory)
 
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Stands for the transformer's weights, see `varlik.models.weights.digest`."""
+        return digest(self._var)
+
     def _build(self, var: VAR, compute: Compute, max_memory: int | None) -> None:
-        self.config, self.compute = var.config, compute
+        self._var, self.config, self.compute = var, var.config, compute
         self.weights = pack(var, compute)
         self.tables = ClassTables(var, self.weights)
         dtype, device = compute.dtype, self.weights.positions.device

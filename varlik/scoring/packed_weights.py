@@ -8,6 +8,7 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varlik import ops
@@ -58,6 +59,22 @@ class PackedWeights:
     head: tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class BlockActivations:
+    """What a backward pass reads of one block, all (R, T, ...), beside what `attend` keeps itself.
+
+    `qkv` (3C) is the joint projection, `branch` and `stream` (C) are attention's branch and the residual stream after
+    it, `hidden` (4C) what GELU is taken of, `mlp_branch` and `end` (C) the MLP's branch and the stream after it.
+    """
+
+    qkv: Tensor
+    branch: Tensor
+    stream: Tensor
+    hidden: Tensor
+    mlp_branch: Tensor
+    end: Tensor
+
+
 def run_blocks(
     weights: PackedWeights,
     x: Tensor,
@@ -65,28 +82,50 @@ def run_blocks(
     row_class: Tensor | None,
     attend: Callable[[int, Tensor], Tensor],
     row_input: Tensor | None = None,
-) -> Tensor:
-    """From the embedded inputs `x` through all blocks to what the head reads, (R, T, C) in `weights.compute.dtype`.
+    tape: list[BlockActivations] | None = None,
+    blocks: range | None = None,
+) -> tuple[Tensor, Tensor]:
+    """From the residual stream `x` through `blocks` (default: all): the stream after them, and its norm.
 
-    `x` (M, T, C) is the residual stream at its start, of which row r reads `row_input[r]`, or the r-th without
-    `row_input`. `vectors` (N, 6 depth + 2, C) are class vectors as `ClassTables` holds them, of which row r takes
-    `row_class[r]`, or the r-th without `row_class`. `attend` is called once for each block, with its number and its
-    joint projection (R, T, 3C), and returns (R, T, C).
+    `x` (M, T, C) is the stream at the start, of which row r reads `row_input[r]`, or the r-th without `row_input`.
+    `vectors` (N, 6 depth + 2, C) are class vectors as `ClassTables` holds them, of which row r takes `row_class[r]`,
+    or the r-th without `row_class`. `attend` is called once for each block, with its number and its joint projection
+    (R, T, 3C), and returns (R, T, C). The norm, (R, T, C) in `weights.compute.dtype`, is what the next block or the
+    head reads. Activations are appended to `tape`, if there is one.
     """
     dtype, impl = weights.compute.dtype, weights.compute.impl
     linear = partial(ops.linear, impl=weights.compute.product_impl)
     norm = partial(ops.residual_ada_layer_norm, dtype=dtype, impl=impl)
-    u = ops.ada_layer_norm(x, vectors[:, 2], vectors[:, 4], row_class, row_input=row_input, dtype=dtype, impl=impl)
-    for i, block in enumerate(weights.blocks):
-        # In the order of `ClassVectors.blocks`: gates, scales, shifts of attention and MLP.
+    blocks = range(len(weights.blocks)) if blocks is None else blocks
+    # In the order of `ClassVectors.blocks`: gates, scales, shifts of attention and MLP.
+    first = 6 * blocks.start
+    u = ops.ada_layer_norm(
+        x, vectors[:, first + 2], vectors[:, first + 4], row_class, row_input=row_input, dtype=dtype, impl=impl
+    )
+    for i in blocks:
+        block = weights.blocks[i]
         gate1, gate2, _, scale2, _, shift2 = vectors[:, 6 * i : 6 * i + 6].unbind(1)
-        branch = linear(attend(i, linear(u, *block.qkv)), *block.proj)
+        qkv = linear(u, *block.qkv)
+        branch = linear(attend(i, qkv), *block.proj)
         x, u = norm(x, branch, gate1, scale2, shift2, row_class, row_input=row_input)
         row_input = None  # from here on every row has a stream of its own
-        last = i + 1 == len(weights.blocks)
-        scale, shift = vectors[:, -2:].unbind(1) if last else (vectors[:, 6 * i + 8], vectors[:, 6 * i + 10])
-        x, u = norm(x, _mlp(u, block, linear), gate2, scale, shift, row_class)
-    return u
+        scale, shift = next_norm(vectors, i)
+        if tape is None:
+            x, u = norm(x, _mlp(u, block, linear), gate2, scale, shift, row_class)
+        else:
+            hidden = linear(u, *block.fc1)
+            mlp_branch = linear(F.gelu(hidden, approximate="tanh"), *block.fc2)
+            end, u = norm(x, mlp_branch, gate2, scale, shift, row_class)
+            tape.append(BlockActivations(qkv, branch, x, hidden, mlp_branch, end))
+            x = end
+    return x, u
+
+
+def next_norm(vectors: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the norm after a block, (N, C) each: those of the next block's attention, or of the head."""
+    if 6 * block + 8 == vectors.shape[1]:
+        return vectors[:, -2], vectors[:, -1]
+    return vectors[:, 6 * block + 8], vectors[:, 6 * block + 10]
 
 
 def _mlp(u: Tensor, block: BlockWeights, linear: Callable[..., Tensor]) -> Tensor:

@@ -123,8 +123,8 @@ class Passes:
 
         # A copy of each row's class vectors is smaller than its activations, and saves a CPU many small look-ups.
         if self.side_by_side:
-            u = run_blocks(weights, stream, self._tables.vectors[row_class], None, attend, own)
+            _, u = run_blocks(weights, stream, self._tables.vectors[row_class], None, attend, own)
         else:
-            u = run_blocks(weights, stream, self._tables.vectors, row_class, attend, own)
+            _, u = run_blocks(weights, stream, self._tables.vectors, row_class, attend, own)
         scales = [b - first for b in boundaries[cached:]]
         return ops.scale_log_prob(u, *weights.head, targets, scales, impl=compute.impl)
