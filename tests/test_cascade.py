@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage, survivors
+from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage
 
 
 def test_parse_and_print():
@@ -49,7 +48,3 @@ def test_scales_beyond_the_model_and_backwards():
         Cascade.parse("6:3,4:1").scales_of(10)
 
 
-def test_survivors_are_the_best_and_ties_go_to_the_first():
-    labels = torch.tensor([[4, 2, 7], [4, 2, 7]])
-    assert survivors(labels, torch.tensor([[0.0, 0.0, 0.0], [1.0, 3.0, 2.0]]), 2).tolist() == [[4, 2], [2, 7]]
-    assert survivors(labels, torch.zeros(2, 3), 10).tolist() == labels.tolist()

@@ -6,7 +6,8 @@ classifier.classify(["shoe.png"]).names
 """
 
 from varlik._version import __version__
-from varlik.cascade import AVARC_PLUS, VARC, Cascade, Stage
+from varlik.calibration import Calibration, calibrate
+from varlik.cascade import AVARC_PLUS, FAST, VARC, Cascade, Race, Screen, Smooth, Stage
 from varlik.classifier import VARClassifier, load
 from varlik.drop_in import accelerate
 from varlik.models.checkpoints import CheckpointError
@@ -17,16 +18,22 @@ from varlik.tokens import TokenMaps
 
 __all__ = [
     "AVARC_PLUS",
+    "FAST",
     "VARC",
+    "Calibration",
     "Cascade",
     "CheckpointError",
     "EngineOptions",
     "Prediction",
+    "Race",
+    "Screen",
+    "Smooth",
     "Stage",
     "TokenMaps",
     "VARClassifier",
     "__version__",
     "accelerate",
+    "calibrate",
     "list_models",
     "load",
 ]

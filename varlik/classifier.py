@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varlik import cascade as cascades
 from varlik import images as image_files
-from varlik.cascade import VARC, Cascade, SampleScores
+from varlik.calibration import Calibration, Fingerprint
+from varlik.calibration.conformal import quantile, share_bounds
+from varlik.cascade import SCREENED, VARC, Cascade, Race, Screen, Smooth, Stage
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
-from varlik.prediction import Cost, Prediction, from_stages, merge_batches
+from varlik.models.weights import digest
+from varlik.prediction import Audit, Cost, Prediction, from_stages, merge_batches
+from varlik.run import Plan, SampleScores, run
 from varlik.scoring.engine import Engine
+from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.scoring.options import EngineOptions
 from varlik.smoothing import Aggregate, Smoothing
 from varlik.tokens import TokenMaps, tokenize
@@ -36,22 +43,27 @@ def load(
     source: str | Path,
     vqvae: str | Path | None = None,
     device: str | torch.device | None = None,
+    calibration: Calibration | str | Path | None = None,
     **options: Any,
 ) -> VARClassifier:
     """Load a classifier.
 
     `source` is a name from `varlik.list_models()`, a Hub repo id, a folder with `var.safetensors` and
     `vqvae.safetensors`, or a `.safetensors` or `.pth` file of a VAR transformer; `vqvae` names the file of its VQ-VAE
-    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU. `options` are those of
+    where it does not lie beside it. `device` defaults to the first CUDA GPU, else the CPU. `calibration` is one or its
+    file; by default `calibration.safetensors` beside the transformer is taken where it fits. `options` are those of
     `EngineOptions`: `max_memory`, `dtype`, `impl`, `deterministic`, `cuda_graphs`.
 
-    Raises `FileNotFoundError` when something is neither here nor to be had, `ValueError` for an unknown name or a
-    checkpoint that does not fit, with the tensors that differ, and as `EngineOptions` for options.
+    Raises `FileNotFoundError` when something is neither here nor to be had, `ValueError` for an unknown name, a
+    checkpoint that does not fit, with the tensors that differ, or a `calibration` that does not, with the differing
+    fields, and as `EngineOptions` for options.
     """
     EngineOptions(**options)  # what is wrong with them is said before anything is fetched
     device = _device(device)
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
     loaded = checkpoints.load_models(source, vqvae)
-    return VARClassifier(
+    classifier = VARClassifier(
         loaded.var.to(device),
         loaded.vqvae.to(device),
         loaded.class_names,
@@ -59,6 +71,11 @@ def load(
         name=loaded.name,
         **options,
     )
+    if calibration is not None:
+        classifier.calibration = calibration
+    else:
+        classifier.calibration_file = loaded.calibration
+    return classifier
 
 
 class VARClassifier:
@@ -99,7 +116,12 @@ class VARClassifier:
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.name = name
+        self.calibration_file: Path | None = None  # read when first needed, and used if it fits
         self._engine: Engine | None = None
+        self._vqvae_digest: str | None = None
+        self._calibration: Calibration | None = None
+        self._told = False
+        self._audited: dict[str, tuple[int, int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +139,39 @@ class VARClassifier:
         if self._engine is None:
             self._engine = Engine(self.var, self._options)
         return self._engine
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What a calibration of this classifier depends on."""
+        if self._vqvae_digest is None:
+            self._vqvae_digest = digest(self.vqvae)
+        return Fingerprint(
+            transformer=self.engine.weights_digest,
+            vqvae=self._vqvae_digest,
+            patch_nums=self.var.config.patch_nums,
+            dtype=str(self.engine.compute.dtype).removeprefix("torch."),
+            preprocessing=str(self.preprocessing),
+        )
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `varlik.calibrate` measured, or what lies beside the model and fits; None without. See `FAST`."""
+        if self._calibration is None and self.calibration_file is not None:
+            file, self.calibration_file = self.calibration_file, None
+            found = Calibration.load(file)
+            differing = found.fingerprint.differences(self.fingerprint)
+            if differing:
+                warnings.warn(f"{file}: not used, it differs in {'; '.join(differing)}", stacklevel=2)
+            else:
+                self._calibration = found
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        """Use another one, or none. Raises `ValueError` for one of another model, naming the differing fields."""
+        if calibration is not None:
+            calibration.check(self.fingerprint)
+        self._calibration, self.calibration_file = calibration, None
 
     def to(self, device: str | torch.device) -> VARClassifier:
         """Move the model and return it."""
@@ -219,6 +274,37 @@ class VARClassifier:
         log_prior = _log_prior(prior, len(labels), self.device)
         return (self.log_likelihood(images, labels, scales) + log_prior).softmax(-1)
 
+    def first_order_log_likelihood(
+        self,
+        images: Images,
+        classes: Classes = None,
+        *,
+        at: int | str | Classes = "mean",
+        scales: int | None = None,
+        per_scale: bool = False,
+        expansions: int = 1,
+    ) -> Tensor:
+        """Estimates of log p(image | class) of all classes, from one forward and one backward pass: (B, N) float32.
+
+        Scores are expanded to first order in what the class brings into the transformer, `at` the "mean" of `classes`,
+        at the "null" class, at another class, or at the mean of a list of them. Scale 1 is exact. The ranking is good,
+        with the right class nearly always near its top; distances are off by a constant for each class, which a
+        calibration corrects (`calibration.correct`). Each further one of `expansions` is around a point nearer to the
+        classes that look best for the image; the average of the estimates is better than the first.
+        With `per_scale`, estimates of log p(token map | coarser ones, class), (B, N, K'), at one backward pass a scale.
+
+        Raises `ValueError` for less than one expansion, and as `token_log_prob`.
+        """
+        labels = self.labels(classes)
+        if isinstance(at, str) and at in ("mean", "null"):
+            point = labels if at == "mean" else torch.tensor([self.null_class], device=self.device)
+        else:
+            point = self.labels([at] if isinstance(at, int | str) else at)
+        images, labels, scales = self._checked(images, classes, scales)
+        return first_order_log_likelihood(
+            self.engine, images, labels, point, scales=scales, per_scale=per_scale, expansions=expansions
+        )
+
     def classify(
         self,
         images: Images,
@@ -229,31 +315,43 @@ class VARClassifier:
         sigma: float = 0.1,
         seed: int = 0,
         aggregate: Aggregate = "mean",
+        audit: float = 0.0,
     ) -> Prediction:
         """The most likely class of each image, found by a cascade (default: full likelihood of every class).
 
-        `cascade` is a `Cascade` or its text, such as "6:10,10:3,10x3:1"; `prior` (N,) follows `classes`; `sigma`,
-        `seed` and `aggregate` concern stages with more than one sample. Raises `ValueError` for a cascade that widens
-        or asks for more scales than there are, and as the methods above.
+        `cascade` is a `Cascade` such as `varlik.FAST`, or its text, such as "6:10,10:3,10x3:1" or
+        "screen:0.5%,race:0.5%"; `prior` (N,) follows `classes`; `sigma`, `seed` and `aggregate` concern stages with
+        more than one sample.
+
+        Stages with a percentage take this classifier's `calibration`. Without one they fall back to fixed counts
+        (`Cascade.fixed`), with a warning. A share `audit` of the images, at random, is scored in full as well:
+        `prediction.audit` says how many answers differed, over all calls with this cascade, and there is a warning when
+        those are surely more than the calibration promised.
+
+        Raises `ValueError` for a cascade that widens or asks for more scales than there are, for classes that were not
+        calibrated, a calibration on too few images, another `sigma` or `aggregate` than smoothing was calibrated for,
+        an `audit` that is no share, and as the methods above.
         """
         started = time.perf_counter()
         cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
-        how = Smoothing(sigma, seed, aggregate)
+        if not 0 <= audit <= 1:
+            raise ValueError(f"audit: expected a share from 0 to 1, got {audit}")
         stage_scales = cascade.scales_of(self.var.config.num_scales)
+        how = Smoothing(sigma, seed, aggregate)
+        plan = self._plan(cascade, self.labels(classes), how)
         images, labels, _ = self._checked(images, classes, None)
-        log_prior = torch.zeros(self.null_class + 1, dtype=torch.float32, device=self.device)
-        log_prior[labels] = _log_prior(prior, len(labels), self.device)
-        batches = self._batches(images, len(labels), cascade.max_samples, stage_scales[0])
-        results = [
-            cascades.run(cascade, self.engine, self.vqvae.quantize, batch, labels, log_prior, how) for batch in batches
-        ]
+        log_prior = _log_prior(prior, len(labels), self.device)
+        first = cascade.stages[0]
+        rows = min(len(labels), first.keep or SCREENED) if isinstance(first, Screen) else len(labels)
+        results = []
+        for batch in self._batches(images, rows, plan.samples, stage_scales[0]):
+            with SampleScores(self.engine, self.vqvae.quantize, batch, labels, how) as scores:
+                results.append(run(plan, scores, log_prior))
         stages = tuple(merge_batches(parts) for parts in zip(*results, strict=True))
-        cost = Cost(
-            tokens=torch.stack([stage.tokens for stage in stages]).sum(0),
-            full_tokens=len(labels) * self.var.config.num_tokens,
-            seconds=time.perf_counter() - started,
-        )
-        return from_stages(labels, log_prior, stages, cost, self._name)
+        seconds = time.perf_counter() - started
+        cost = Cost.of(stages, self.var.config, self.vqvae.config, len(labels), seconds)
+        prediction = from_stages(labels, log_prior, stages, cost, self._name)
+        return replace(prediction, audit=self._audit(plan, prediction, images, log_prior, how, audit))
 
     def reconstruct(self, images: Images, scales: int | None = None) -> Tensor:
         """Images decoded from their first `scales` token maps (default: all): (B, C, S, S) in [0, 1].
@@ -330,13 +428,76 @@ class VARClassifier:
         for first in range(0, len(images), size):
             yield images[first : first + size]
 
+    def _plan(self, cascade: Cascade, labels: Tensor, how: Smoothing) -> Plan:
+        """The cascade with what it takes of the calibration, or with fixed counts where there is none."""
+        calibration = self.calibration
+        if calibration is None:
+            if cascade.calibrated and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"{self.name} has no calibration for {cascade}: running {cascade.fixed()} instead; "
+                    "make one with varlik calibrate",
+                    stacklevel=3,
+                )
+            return Plan(cascade.fixed())
+        if cascade.calibrated:
+            calibration.columns(labels)
+        rules = calibration.rules(cascade.smooths)
+        smoothing = calibration.smoothing
+        noise = None if smoothing is None or rules.smooth is None else smoothing.sigma
+        if noise is not None and (how.sigma, how.aggregate) != (noise, "mean"):
+            raise ValueError(
+                f"sigma, aggregate: smoothing was calibrated for {noise} and 'mean', "
+                f"got {how.sigma} and {how.aggregate!r}"
+            )
+        for stage in cascade.stages:  # what the calibration cannot promise is said before any work
+            if isinstance(stage, Screen | Race | Smooth) and stage.delta is not None:
+                quantile(rules.race.scores, stage.delta)
+        covered = bool(torch.isin(labels, calibration.labels.to(labels.device)).all())
+        return Plan(cascade, calibration if covered else None, rules)
+
+    def _audit(
+        self, plan: Plan, prediction: Prediction, images: TokenMaps, log_prior: Tensor, how: Smoothing, share: float
+    ) -> Audit | None:
+        """Score a random share of the images in full; None where there is nothing to audit so far."""
+        name = str(plan.cascade)
+        chosen = [i for i, key in enumerate(images.keys) if _chance(key, how.seed) < share]
+        if chosen:
+            picked = TokenMaps.concatenate([images[i : i + 1] for i in chosen])
+            full = self._right_answers(plan, picked, prediction.labels, log_prior, how)
+            wrong = int((prediction.classes[chosen] != full).sum())
+            count, before = self._audited.get(name, (0, 0))
+            self._audited[name] = (count + len(chosen), before + wrong)
+        if not share or name not in self._audited:
+            return None
+        count, wrong = self._audited[name]
+        audit = Audit(count, wrong, *share_bounds(wrong, count), delta=plan.cascade.delta)
+        if chosen and audit.exceeded:
+            warnings.warn(
+                f"{wrong} of {count} audited images have another answer under full likelihood, where at most "
+                f"{100 * audit.delta:g} % was promised: these images are not like those of the calibration",
+                stacklevel=3,
+            )
+        return audit
+
+    def _right_answers(
+        self, plan: Plan, images: TokenMaps, labels: Tensor, log_prior: Tensor, how: Smoothing
+    ) -> Tensor:
+        """What the cascade's answers are to agree with, (B,)."""
+        smoothing = None if plan.calibration is None else plan.calibration.smoothing
+        right = VARC
+        if plan.rules is not None and plan.rules.smooth is not None and smoothing is not None:
+            right = Cascade((Stage("100%", smoothing.reach), Stage("100%", 1, smoothing.samples)))
+        found = self.classify(images, labels, right, prior=log_prior.exp(), sigma=how.sigma, seed=how.seed)
+        return found.classes
+
     def _sample_scores(self, images: TokenMaps, labels: Tensor, scales: int, samples: range, how: Smoothing) -> Tensor:
         """Log-likelihoods (B, N, S) of labels (N,) under each of `samples`."""
         parts = []
         for batch in self._batches(images, len(labels), len(samples), scales):
-            rows = labels.expand(len(batch), -1)
-            with SampleScores(self.engine, self.vqvae.quantize, batch, rows, how) as scores:
-                parts.append(scores(rows, scales, samples, depth=scales, retain=0))
+            alive = torch.ones(len(batch), len(labels), dtype=torch.bool, device=labels.device)
+            with SampleScores(self.engine, self.vqvae.quantize, batch, labels, how) as scores:
+                parts.append(scores(alive, scales, samples, depth=scales, retain=0))
         return torch.cat(parts)
 
 
@@ -349,6 +510,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch refuses an absent GPU by AssertionError
         raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return found
+
+
+def _chance(key: int, seed: int) -> float:
+    """A number in [0, 1) that depends on the image and a seed alone."""
+    digest = hashlib.blake2b(f"audit/{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from varlik.cascade import Cascade
+from varlik.calibration import Calibration
+from varlik.cascade import Cascade, Race, Screen, Stage
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.models.presets import VAR_FILE, describe, get_preset
 from varlik.models.vqvae import AttnBlock, Encoder
@@ -80,8 +81,8 @@ class Flops:
     def __add__(self, other: Flops) -> Flops:
         return Flops(**{name: value + getattr(other, name) for name, value in self.parts().items()})
 
-    def __mul__(self, times: int) -> Flops:
-        return Flops(**{name: times * value for name, value in self.parts().items()})
+    def __mul__(self, times: float) -> Flops:
+        return Flops(**{name: round(times * value) for name, value in self.parts().items()})
 
     __rmul__ = __mul__
 
@@ -152,6 +153,39 @@ def class_table(config: VARConfig, classes: int, convention: Convention = "paper
     return check_classes(config, classes) * class_pass(config, 1, convention)
 
 
+def token_flops(config: VARConfig) -> list[int]:
+    """FLOPs of one token of each scale through the transformer, given its input and keys of coarser scales ("true")."""
+    sizes = [p * p for p in config.patch_nums]
+    return [_tokens(config, k, k + 1, "true").total // size for k, size in enumerate(sizes)]
+
+
+def first_order(config: VARConfig, convention: Convention = "paper") -> Flops:
+    """Estimates of all classes of one image: a pass forwards and one backwards over all tokens but the first.
+
+    The product of the gradient with the class tables comes on top: see `first_order_product`. Raises `ValueError` for
+    another convention.
+    """
+    forward = _word_embed(config, 1, config.num_scales, convention) + _tokens(config, 1, config.num_scales, convention)
+    return forward + first_order_backward(config, convention)
+
+
+def first_order_backward(config: VARConfig, convention: Convention = "paper") -> Flops:
+    """Its pass backwards, activations alone: as many products as forwards, the head's logits and attention's weights
+    being computed again.
+    """
+    forward = _tokens(config, 1, config.num_scales, convention)
+    return replace(forward, head=2 * forward.head, attention=5 * forward.attention // 2)
+
+
+def first_order_product(config: VARConfig, classes: int, convention: Convention = "paper") -> Flops:
+    """Its product of a gradient with what `classes` classes bring in: vectors, and keys and values of position 0.
+
+    Raises as `class_table`.
+    """
+    numbers = (8 * config.depth + 2) * config.embed_dim
+    return Flops(adaln=_factor(convention) * check_classes(config, classes) * numbers)
+
+
 def encode(config: VQVAEConfig, convention: Convention = "paper") -> Flops:
     """From the pixels of one image to its token maps. Raises `ValueError` for another convention."""
     products, norms = _encoder(config)
@@ -165,11 +199,14 @@ def released(
 ) -> CascadeFlops:
     """Cost per image of a cascade over N `classes` as the released code does it: every stage from scratch.
 
-    Raises `ValueError` for `classes` below 1 or beyond the model's, and as `Cascade.scales_of`.
+    Raises `ValueError` for `classes` below 1 or beyond the model's, for stages that the released code lacks, and as
+    `Cascade.scales_of`.
     """
     alive = check_classes(var, classes)
     steps = [Step("encode", 0, encode(vqvae, convention))]
     for stage, scales in zip(cascade.stages, cascade.scales_of(var.num_scales), strict=True):
+        if not isinstance(stage, Stage):
+            raise ValueError(f"cascade: the released code has no stage like {stage}")
         rows = alive * stage.samples
         work = rows * class_pass(var, scales, convention) + (stage.samples - 1) * _quantise(vqvae, convention)
         steps.append(Step(str(replace(stage, scales=scales)), rows, work))
@@ -178,29 +215,66 @@ def released(
 
 
 def engine(
-    cascade: Cascade, var: VARConfig, vqvae: VQVAEConfig, classes: int, convention: Convention = "paper"
+    cascade: Cascade,
+    var: VARConfig,
+    vqvae: VQVAEConfig,
+    classes: int,
+    convention: Convention = "paper",
+    calibration: Calibration | None = None,
 ) -> CascadeFlops:
     """Cost per image of the same cascade without what is computed twice; the `class_table` comes once on top.
 
-    Raises as `released`.
+    Screening and race drop as many classes as they did on average on the images of `calibration`; without one they take
+    the fixed counts of `Cascade.fixed`. Smoothing until classes are apart is not predicted, and left out. Raises as
+    `released`, but for its stages.
     """
-    alive = check_classes(var, classes)
+    cascade = cascade.fixed() if calibration is None else cascade
+    alive: float = check_classes(var, classes)
     steps = [Step("encode", 0, encode(vqvae, convention))]
     # How far each sample has been scored and embedded. All live classes have come equally far, and scale 1 is a table.
     reached = [0] * cascade.max_samples
     for stage, scales in zip(cascade.stages, cascade.scales_of(var.num_scales), strict=True):
-        work, rows = Flops(), 0
-        for sample in range(stage.samples):
-            start = max(1, reached[sample])
-            if sample and not reached[sample]:
-                work += _quantise(vqvae, convention)
-            if scales > start:
-                work += _word_embed(var, start, scales, convention) + alive * _tokens(var, start, scales, convention)
-                rows += alive
-            reached[sample] = scales
-        steps.append(Step(str(replace(stage, scales=scales)), rows, work))
-        alive = min(alive, stage.keep)
+        if isinstance(stage, Screen):
+            work = first_order(var, convention) + first_order_product(var, classes, convention)
+            steps.append(Step(str(stage), 1, work))
+            delta = stage.delta
+            finalists = calibration.expected_finalists(delta) if calibration is not None and delta else stage.keep
+            alive = min(alive, finalists or alive)
+        elif isinstance(stage, Race) and calibration is not None:
+            rows = calibration.expected_race_rows(stage.delta)
+            start = max(1, reached[0])
+            work = _word_embed(var, start, scales, convention)
+            for k in range(start, scales):
+                work += min(alive, rows[k]) * _tokens(var, k, k + 1, convention)
+            steps.append(Step(str(stage), round(alive), work))
+            reached[0], alive = scales, 1
+        elif isinstance(stage, Stage):
+            work, count = _fixed_stage(stage, scales, alive, reached, var, vqvae, convention)
+            steps.append(Step(str(replace(stage, scales=scales)), count, work))
+            alive = min(alive, stage.keep)
     return CascadeFlops(tuple(steps))
+
+
+def _fixed_stage(
+    stage: Stage,
+    scales: int,
+    alive: float,
+    reached: list[int],
+    var: VARConfig,
+    vqvae: VQVAEConfig,
+    convention: Convention,
+) -> tuple[Flops, int]:
+    """Work and rows of a fixed stage; `reached` says how far each sample was scored, and is brought up to date."""
+    work, rows = Flops(), 0
+    for sample in range(stage.samples):
+        start = max(1, reached[sample])
+        if sample and not reached[sample]:
+            work += _quantise(vqvae, convention)
+        if scales > start:
+            work += _word_embed(var, start, scales, convention) + alive * _tokens(var, start, scales, convention)
+            rows += round(alive)
+        reached[sample] = scales
+    return work, rows
 
 
 def count_live(function: Callable[[], object]) -> int:

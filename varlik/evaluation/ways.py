@@ -65,9 +65,14 @@ class Bench:
 
     @property
     def stages(self) -> list[tuple[int, int, int]]:
-        """(scales, samples, survivors) of every stage."""
+        """(scales, samples, survivors) of every stage. Raises `ValueError` for stages that the naive ways lack."""
         scales = self.cascade.scales_of(self.classifier.var.config.num_scales)
-        return [(k, stage.samples, stage.keep) for k, stage in zip(scales, self.cascade.stages, strict=True)]
+        found = []
+        for k, stage in zip(scales, self.cascade.stages, strict=True):
+            if not isinstance(stage, Stage):
+                raise ValueError(f"cascade: {stage} has no naive counterpart to time; give fixed stages")
+            found.append((k, stage.samples, stage.keep))
+        return found
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ def batched(bench: Bench) -> Scores:
 def engine(bench: Bench) -> Scores:
     """The classifier as users call it."""
     prediction = bench.classifier.classify(bench.images, bench.labels, bench.cascade)
-    stages = [(stage.labels, stage.log_likelihood) for stage in prediction.stages]
+    labels = prediction.labels.expand(len(prediction), -1)
+    stages = [(labels, stage.log_likelihood) for stage in prediction.stages]
     return Scores(stages, prediction.cost.tokens.double().mean().item())
 
 

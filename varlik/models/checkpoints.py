@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from varlik.models import presets, weights
 from varlik.models.config import Preprocessing, VARConfig, VQVAEConfig, to_metadata
-from varlik.models.presets import PUBLIC_VQVAE_FILE, PUBLIC_VQVAE_REPO, VAR_FILE, VQVAE_FILE, Description, Preset
+from varlik.models.presets import (
+    CALIBRATION_FILE,
+    PUBLIC_VQVAE_FILE,
+    PUBLIC_VQVAE_REPO,
+    VAR_FILE,
+    VQVAE_FILE,
+    Description,
+    Preset,
+)
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import AUTOENCODER, TRANSFORMER, CheckpointError
@@ -35,13 +43,17 @@ _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model: float32 modules on the CPU in eval mode, and what is needed to use them."""
+    """A loaded model: float32 modules on the CPU in eval mode, and what is needed to use them.
+
+    `calibration` is a file of that kind beside the transformer, if there is one.
+    """
 
     var: VAR
     vqvae: VQVAE
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     name: str
+    calibration: Path | None = None
 
     @property
     def null_class(self) -> int:
@@ -97,7 +109,9 @@ def load_models(source: str | Path, vqvae: str | Path | None = None) -> Checkpoi
             f"{vqvae_contents.path} takes {takes[1]} channels of {takes[0]} pixels a side, but {files.var} was made "
             f"for {preprocessing.channels} channels of {preprocessing.resolution}"
         )
-    return Checkpoint(var, autoencoder, names, preprocessing, files.name)
+    calibration = files.var.parent / CALIBRATION_FILE
+    beside = calibration if calibration.is_file() else None
+    return Checkpoint(var, autoencoder, names, preprocessing, files.name, beside)
 
 
 def save(

@@ -27,6 +27,7 @@ SCHEDULES = {
 """`patch_nums` of the public models, by resolution in pixels. (No weights are public for the last.)"""
 
 VAR_FILE, VQVAE_FILE = "var.safetensors", "vqvae.safetensors"
+CALIBRATION_FILE = "calibration.safetensors"
 PUBLIC_VQVAE_REPO, PUBLIC_VQVAE_FILE = "FoundationVision/var", "vae_ch160v4096z32.pth"
 
 _HERE = Path(__file__).parent

@@ -18,22 +18,8 @@ import torch
 from torch import Tensor
 
 from varlik import ops
+from varlik.scoring.class_tables import Conditions
 from varlik.scoring.packed_weights import BlockActivations, PackedWeights, next_norm, run_blocks
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What classes bring in, a row for each class, or for each point between classes.
-
-    `vectors` (N, 6 depth + 2, C) as `ClassTables` holds them, `pages` (N, 2 depth, C): key and value of position 0 in
-    block i at 2 i and 2 i + 1, heads side by side.
-    """
-
-    vectors: Tensor
-    pages: Tensor
-
-    def __len__(self) -> int:
-        return len(self.vectors)
 
 
 @dataclass(frozen=True)
@@ -150,6 +136,9 @@ def backward(done: Pass, scales: Sequence[int] | None = None) -> Conditions:
     vectors[:, 2] += found[:, 1]
     vectors[:, 4] += found[:, 2]
     return Conditions(vectors, pages)
+
+
+GOOD_ROWS = 32  # more rows at a time do not make products faster
 
 
 def activation_bytes(weights: PackedWeights, tokens: int, checkpointed: bool) -> int:

@@ -24,7 +24,7 @@ class Candidates:
     - `token_log_prob` (R, L): kept when asked for at `open`, NaN where not scored yet.
     - `scored` (R,): scales scored; `cached` (R,): scales whose keys and values are in `pages` (R, K).
     - `tokens` (M, L), `inputs` (M, L - 1, Cvae): token maps and teacher-forcing input of M (image, sample) pairs.
-    - `evaluated` (R,): tokens that went through the transformer for the row.
+    - `evaluated` (R, K): tokens of each scale that went through the transformer for the row.
     - `shared_prefix`: scales whose pages are the null class's, see `Engine.open`.
     """
 

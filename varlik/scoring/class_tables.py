@@ -8,6 +8,7 @@ nor position 0, and scale 1 costs a look-up.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,22 @@ from varlik import ops
 from varlik.models.var import VAR
 from varlik.scoring.packed_weights import PackedWeights, run_blocks
 
-CHUNK = 256  # classes built at a time: bounds the memory that building takes
+CHUNK = 256  # classes built or read at a time: bounds the memory that takes
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What classes bring into the rows of an image, a row for each class, or for each point between classes.
+
+    `vectors` (N, 6 depth + 2, C) as `ClassTables` holds them, `pages` (N, 2 depth, C): key and value of position 0 in
+    block i at 2 i and 2 i + 1, heads side by side.
+    """
+
+    vectors: Tensor
+    pages: Tensor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
 
 
 class ClassTables:
@@ -39,6 +55,7 @@ class ClassTables:
         self._tables = [vectors, torch.empty(0, config.vocab_size, dtype=torch.float32, device=like.device), *pages]
         # One class at a time where its vectors must not depend on which others came with it.
         self._chunk = 1 if weights.compute.deterministic else CHUNK
+        self._point: tuple[tuple[int, ...], Conditions] | None = None
         self.seconds = 0.0
 
     @property
@@ -69,6 +86,29 @@ class ClassTables:
             absent = sorted(set(labels[rows < 0].flatten().tolist()))
             raise ValueError(f"labels: classes {absent[:8]} are not in the tables; prepare them first")
         return rows
+
+    def conditions(self, rows: Tensor) -> Conditions:
+        """What the classes in `rows` (n,) of the tables bring in; pages in the precision of the vectors."""
+        pages = torch.stack([page[rows].flatten(2) for page in self.pages], dim=1).flatten(1, 2)
+        return Conditions(self.vectors[rows], pages.to(self.vectors.dtype))
+
+    def mean(self, rows: Tensor, weights: Tensor) -> Conditions:
+        """Means of the classes in `rows` (n,), weighted by `weights` (M, n), each row of which sums to 1."""
+        vectors = self.vectors.new_zeros(len(weights), *self.vectors.shape[1:])
+        pages = vectors.new_zeros(len(weights), 2 * len(self.pages), vectors.shape[-1])
+        for chunk, part in zip(rows.split(CHUNK), weights.to(vectors).split(CHUNK, dim=1), strict=True):
+            classes = self.conditions(chunk)
+            vectors += torch.einsum("mn,nvc->mvc", part, classes.vectors)
+            pages += torch.einsum("mn,nvc->mvc", part, classes.pages)
+        return Conditions(vectors, pages)
+
+    def point(self, labels: Tensor) -> Conditions:
+        """The mean of classes `labels` (n,), one row; kept for the next call, which mostly asks for the same."""
+        key = tuple(labels.tolist())
+        if self._point is None or self._point[0] != key:
+            even = torch.full((1, len(labels)), 1 / len(labels), device=labels.device)
+            self._point = key, self.mean(self.rows(labels), even)
+        return self._point[1]
 
     @torch.no_grad()
     def extend(self, labels: Tensor) -> None:

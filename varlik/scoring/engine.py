@@ -29,6 +29,8 @@ from varlik.scoring.packed_weights import pack
 from varlik.scoring.passes import Passes
 from varlik.tokens import TokenMaps
 
+NO_ROW = -1
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -83,9 +85,15 @@ class Engine:
             device=device,
         )
         self._class_pages = torch.empty(0, dtype=torch.int64, device=device)
+        self._sizes = torch.tensor([p * p for p in self.config.patch_nums], device=device)
         self.passes = Passes(self.weights, self.tables, self.cache)
         if self.passes.side_by_side:
             let_malloc_keep_memory()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Memory that the rows at work may take."""
+        return self._budget.chunk
 
     @_undisturbed
     def prepare(self, labels: Tensor) -> None:
@@ -132,7 +140,7 @@ class Engine:
 
     @_undisturbed
     def open(self, images: TokenMaps, labels: Tensor, per_token: bool = False, shared_prefix: int = 0) -> Candidates:
-        """Rows of every class of `labels` (B, N) for each image, scored at scale 1 (a look-up).
+        """Rows of every class of `labels` (B, N) for each image, scored at scale 1 (a look-up); -1 stands for no row.
 
         `shared_prefix=j` is an approximation, off by default: all classes of an image read one set of keys and values
         at scales 1..j, those of the null class, and only scales j + 1 and later are scored (the others count 0).
@@ -143,11 +151,10 @@ class Engine:
         """
         if labels.dim() != 2 or len(labels) != len(images):
             raise ValueError(f"labels: expected ({len(images)}, N), got {tuple(labels.shape)}")
-        self._check_images(images)
-        count = labels.shape[1]
-        image = torch.arange(len(images), device=labels.device).repeat_interleave(count)
-        clean = torch.zeros_like(image)
-        rows = self._rows(image, clean, labels.flatten(), image, images.tokens, images.teacher_forcing_input, per_token)
+        self.check_images(images)
+        image, place = (labels != NO_ROW).nonzero(as_tuple=True)
+        clean, label = torch.zeros_like(image), labels[image, place]
+        rows = self._rows(image, clean, label, image, images.tokens, images.teacher_forcing_input, per_token)
         if shared_prefix:
             self._share_null_prefix(rows, images, shared_prefix)
         return rows
@@ -217,7 +224,7 @@ class Engine:
         images that `open` refuses, and for rows with a shared prefix, whose pages are no sample's own.
         """
         self._check(candidates)
-        self._check_images(images)
+        self.check_images(images)
         if candidates.shared_prefix:
             raise ValueError("candidates: rows with a shared prefix cannot be forked")
         if len(candidates) and len(images) <= int(candidates.image.max()):
@@ -257,7 +264,8 @@ class Engine:
         if candidates.engine is not self:
             raise ValueError("candidates: rows of another engine")
 
-    def _check_images(self, images: TokenMaps) -> None:
+    def check_images(self, images: TokenMaps) -> None:
+        """Raise `ValueError` for token maps of another model and for inputs that require grad."""
         if images.patch_nums != self.config.patch_nums:
             raise ValueError(f"images: token maps of another model, with scales {images.patch_nums}")
         if images.teacher_forcing_input.requires_grad:
@@ -287,7 +295,7 @@ class Engine:
             scored=ones,
             cached=ones.clone(),
             pages=pages,
-            evaluated=torch.zeros_like(label),
+            evaluated=torch.zeros_like(pages),
             tokens=tokens,
             inputs=inputs.to(self.weights.positions.dtype),
         )
@@ -318,7 +326,7 @@ class Engine:
         if candidates.token_log_prob is not None:
             boundaries = self.config.boundaries
             candidates.token_log_prob[rows, boundaries[cached] : boundaries[to_scale]] = log_prob.float()
-        candidates.evaluated[rows] += log_prob.shape[1]
+        candidates.evaluated[rows, cached:to_scale] += self._sizes[cached:to_scale]
         candidates.pages[rows, :kept] = pages[:, :kept]
         candidates.cached[rows] = kept
         candidates.scored[rows] = to_scale
@@ -368,5 +376,6 @@ class Engine:
             rows.token_log_prob[:, : self.config.boundaries[prefix]] = 0
         rows.scored.fill_(prefix)
         rows.cached.fill_(prefix)
-        first_of_image = torch.arange(0, len(rows), len(rows) // len(owner), device=rows.label.device)
-        rows.evaluated[first_of_image] = owner.evaluated
+        first_of_image = torch.ones_like(rows.image, dtype=torch.bool)
+        first_of_image[1:] = rows.image[1:] != rows.image[:-1]
+        rows.evaluated[first_of_image] = owner.evaluated[rows.image[first_of_image]]
