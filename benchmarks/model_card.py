@@ -20,14 +20,13 @@ import varlik
 from benchmarks import naive_bayes
 from varlik import reference
 from varlik.cascade import AVARC_PLUS
-from varlik.datasets import LabelledImages, fashion_mnist, glyphs_100
-from varlik.evaluation.accuracy import evaluate, evaluate_cascade
+from varlik.datasets import DATA_SETS, LabelledImages
+from varlik.evaluation.accuracy import evaluate, evaluate_cascade, tokenize_arrays
 from varlik.images import load_many
 from varlik.tokens import TokenMaps
 
 CHECKED = 2_000  # scores, of an image and a class each
 CASCADES = (AVARC_PLUS,)
-DATA_SETS = {"fashion-mnist": fashion_mnist, "glyphs-100": glyphs_100}  # by the model trained on them
 
 
 def main() -> None:
@@ -36,6 +35,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "held-out"), default="test")
     parser.add_argument("--data", type=Path, help="folder with the data set's files")
     parser.add_argument("--images", type=int, help="only the first so many")
+    parser.add_argument("--cache", type=Path, help="folder for exact scores, so that a stopped run goes on")
     parser.add_argument("--sigma", type=float, default=0.1, help="noise of smoothed stages")
     options = parser.parse_args()
     if options.model == "glyphs-100" and options.data is None:
@@ -45,13 +45,13 @@ def main() -> None:
     classifier = varlik.load(options.model)
     data = DATA_SETS[options.model](options.split, options.data)[: options.images]
     labels = torch.from_numpy(data.labels)
-    images = tokenize(classifier, data)
+    images = tokenize_arrays(classifier, data.images)
     checked = images[: max(1, CHECKED // classifier.var.config.num_classes)]
     difference = check_against_reference(classifier, checked)
     config = classifier.var.config
     print("| method | tokens per image | top-1 | same answer as full likelihood |")
     print("|---|---|---|---|")
-    report = evaluate(classifier, images, labels)
+    report = evaluate(classifier, images, labels, options.cache)
     for scales, accuracy in enumerate(report.by_scales, start=1):
         name = (
             f"likelihood of {scales} of {config.num_scales} scales" if scales < config.num_scales else "full likelihood"
@@ -73,11 +73,6 @@ def main() -> None:
         f"largest relative difference from the naive reference on {len(checked)} images {difference:.1e}; "
         f"{time.monotonic() - started:.0f} s on {classifier.device} with torch {torch.__version__}"
     )
-
-
-def tokenize(classifier: varlik.VARClassifier, data: LabelledImages) -> TokenMaps:
-    parts = [classifier.tokenize(data.images[i : i + 500, ..., None]) for i in range(0, len(data), 500)]
-    return TokenMaps.concatenate(parts)
 
 
 def describe_tokens(classifier: varlik.VARClassifier, images: TokenMaps, data: LabelledImages) -> str:
@@ -111,7 +106,7 @@ def naive_bayes_accuracy(
 ) -> float:
     """Accuracy of position-wise code counts, fitted on the training images' tokens."""
     config = classifier.var.config
-    tokens = tokenize(classifier, training).tokens
+    tokens = tokenize_arrays(classifier, training.images).tokens
     fitted = naive_bayes.fit(tokens, torch.from_numpy(training.labels), config.num_classes, config.vocab_size)
     return (naive_bayes.log_likelihood(fitted, images.tokens).argmax(1) == labels).double().mean().item()
 

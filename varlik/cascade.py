@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 
 from varlik.calibration.conformal import check_delta
@@ -86,7 +87,7 @@ class Screen:
             check_delta(self.delta)
 
     def __str__(self) -> str:
-        return f"screen:{self.keep}" if self.delta is None else f"screen:{100 * self.delta:g}%"
+        return f"screen:{self.keep if self.delta is None else _percent(self.delta)}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Race:
         check_delta(self.delta)
 
     def __str__(self) -> str:
-        return f"race:{100 * self.delta:g}%"
+        return f"race:{_percent(self.delta)}"
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,14 @@ class Smooth:
         check_delta(self.delta)
 
     def __str__(self) -> str:
-        return f"smooth:{100 * self.delta:g}%"
+        return f"smooth:{_percent(self.delta)}"
 
 
 AnyStage = Stage | Screen | Race | Smooth
 
 # What stands for a calibrated stage where there is no calibration. On glyphs-100, uncorrected first-order scores had
 # the right class among the best ten of a hundred in 99 % of images.
-SCREENED, RACED = 10, 5
+SCREENED, SCREENED_SHARE, RACED = 10, 0.02, 5
 
 
 @dataclass(frozen=True)
@@ -199,23 +200,31 @@ class Cascade:
         """Whether it needs a calibration."""
         return self.delta > 0
 
-    def fixed(self) -> Cascade:
-        """The same with fixed counts in place of what needs a calibration, and without calibrated smoothing."""
+    def fixed(self, classes: int = 100) -> Cascade:
+        """The same with counts for N `classes` in place of what needs a calibration, without calibrated smoothing."""
+        screened = max(SCREENED, round(SCREENED_SHARE * classes))
         stages: list[AnyStage] = []
         for stage in self.stages:
             if isinstance(stage, Screen):
-                stages.append(Screen(keep=SCREENED) if stage.keep is None else stage)
-            elif isinstance(stage, Race):
-                partial = "60%"
-                if not any(isinstance(before, Stage) for before in stages):
-                    stages.append(Stage(partial, RACED if stages else SCREENED))
-                stages.append(Stage("100%", 1))
+                following = max((later.keep for later in self.stages if isinstance(later, Stage)), default=0)
+                stages.append(Screen(keep=max(SCREENED, following)) if stage.keep is None else stage)
+            elif isinstance(stage, Race) and not any(isinstance(before, Stage) for before in stages):
+                screened = [before.keep for before in stages if isinstance(before, Screen) and before.keep is not None]
+                stages.append(Stage("60%", min([RACED, *screened]) if stages else SCREENED))
             elif isinstance(stage, Stage):
                 stages.append(stage)
-        return Cascade(tuple(stages)) if stages else VARC
+        left = [stage.keep for stage in stages[-1:] if isinstance(stage, Stage | Screen)]
+        if left != [1] or any(isinstance(stage, Race) for stage in self.stages):
+            stages.append(Stage("100%", 1))
+        return Cascade(tuple(stages))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.stages))
+
+
+def _percent(share: float) -> str:
+    """As a percentage, in as many digits as it takes to read the same number again."""
+    return f"{Decimal(repr(float(share))).scaleb(2).normalize():f}%"
 
 
 def _check_place(stage: AnyStage, before: tuple[AnyStage, ...], after: tuple[AnyStage, ...]) -> None:
@@ -235,7 +244,7 @@ def _parse(text: str) -> AnyStage:
         scales = fixed["scales"]
         return Stage(scales if scales.endswith("%") else int(scales), int(fixed["keep"]), int(fixed["samples"] or 1))
     if adaptive is not None and adaptive["percent"]:
-        delta = float(adaptive["value"]) / 100
+        delta = float(Decimal(adaptive["value"]).scaleb(-2))
         if adaptive["kind"] == "screen":
             return Screen(delta=delta)
         return Race(delta) if adaptive["kind"] == "race" else Smooth(delta)

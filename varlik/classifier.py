@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from varlik import images as image_files
+from varlik.audit import Audit, draw
 from varlik.calibration import Calibration, Fingerprint
-from varlik.calibration.conformal import quantile, share_bounds
+from varlik.calibration.conformal import quantile
 from varlik.cascade import SCREENED, VARC, Cascade, Race, Screen, Smooth, Stage
+from varlik.class_names import ClassNames
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import digest
-from varlik.prediction import Audit, Cost, Prediction, from_stages, merge_batches
+from varlik.prediction import Cost, Prediction, from_stages, merge_batches
 from varlik.run import Plan, SampleScores, run
 from varlik.scoring.engine import Engine
 from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.scoring.options import EngineOptions
+from varlik.scoring.score_table import score_table
 from varlik.smoothing import Aggregate, Smoothing
 from varlik.tokens import TokenMaps, tokenize
 
@@ -113,7 +115,7 @@ class VARClassifier:
             )
         self.var = var.eval()
         self.vqvae = vqvae.eval()
-        self.class_names = tuple(class_names)
+        self._names = ClassNames(class_names, name)
         self.preprocessing = preprocessing
         self.name = name
         self.calibration_file: Path | None = None  # read when first needed, and used if it fits
@@ -121,12 +123,17 @@ class VARClassifier:
         self._vqvae_digest: str | None = None
         self._calibration: Calibration | None = None
         self._told = False
-        self._audited: dict[str, tuple[int, int]] = {}
+        self._audits: dict[str, Audit] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.var.pos_start.device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by index, the null class left out."""
+        return self._names.names
 
     @property
     def null_class(self) -> int:
@@ -263,16 +270,25 @@ class VARClassifier:
         *,
         scales: int | None = None,
         prior: Sequence[float] | Tensor | None = None,
+        calibrated: Literal["temperature", "scale weights"] | None = None,
     ) -> Tensor:
         """p(class | image) over the given classes, (B, N), by Bayes' rule.
 
         `prior` (N,) follows `classes` and need not sum to one; default uniform. Summed log-likelihoods are
-        over-confident: expect values near 0 and 1. Raises `ValueError` for a prior of another length or with negative
-        entries.
+        over-confident: expect values near 0 and 1. With `calibrated`, log-likelihoods are divided by the "temperature"
+        of so many scales, or those of each scale are multiplied by "scale weights", as a calibration on labelled images
+        found them; the first leaves the ranking as it is.
+
+        Raises `ValueError` for a prior of another length or with negative entries, for `calibrated` without such a
+        calibration, and for weights of fewer scales than all.
         """
-        labels = self.labels(classes)
+        images, labels, scales = self._checked(images, classes, scales)
         log_prior = _log_prior(prior, len(labels), self.device)
-        return (self.log_likelihood(images, labels, scales) + log_prior).softmax(-1)
+        if calibrated is None:
+            return (self.log_likelihood(images, labels, scales) + log_prior).softmax(-1)
+        weights = _scale_weights(self.calibration, calibrated, scales, self.var.config.num_scales)
+        by_scale = score_table(self.engine, images, labels)[..., :scales]
+        return (by_scale.double() @ weights.to(by_scale.device) + log_prior).softmax(-1).float()
 
     def first_order_log_likelihood(
         self,
@@ -350,7 +366,7 @@ class VARClassifier:
         stages = tuple(merge_batches(parts) for parts in zip(*results, strict=True))
         seconds = time.perf_counter() - started
         cost = Cost.of(stages, self.var.config, self.vqvae.config, len(labels), seconds)
-        prediction = from_stages(labels, log_prior, stages, cost, self._name)
+        prediction = from_stages(labels, log_prior, stages, cost, self._names.name)
         return replace(prediction, audit=self._audit(plan, prediction, images, log_prior, how, audit))
 
     def reconstruct(self, images: Images, scales: int | None = None) -> Tensor:
@@ -372,41 +388,7 @@ class VARClassifier:
         """
         if classes is None:
             return torch.arange(self.var.config.num_classes, device=self.device)
-        if isinstance(classes, str) or not isinstance(classes, Iterable):
-            raise TypeError(f"classes: expected a list of indices or names, got {classes!r}")
-        values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-        if not values:
-            raise ValueError("classes: expected at least one class, got none")
-        indices = [self._index(value) for value in values]
-        if len(set(indices)) != len(indices):
-            repeated = sorted({self._name(i) for i in indices if indices.count(i) > 1})
-            raise ValueError(f"classes: named more than once: {', '.join(repeated)}")
-        return torch.tensor(indices, device=self.device)
-
-    def _index(self, value: int | str) -> int:
-        if isinstance(value, str):
-            if value in self.class_names:
-                return self.class_names.index(value)
-            folded = [i for i, name in enumerate(self.class_names) if name.casefold() == value.casefold()]
-            if len(folded) == 1:
-                return folded[0]
-            if not value.isdecimal():
-                raise ValueError(f"classes: {self.name} knows no class {value!r}; its classes are {self._known()}")
-        elif isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"classes: expected indices or names, got {value!r}")
-        index = int(value)
-        if not 0 <= index <= self.null_class:
-            raise ValueError(
-                f"classes: expected indices from 0 to {self.null_class - 1} ({self.null_class}: null), got {value}"
-            )
-        return index
-
-    def _name(self, index: int) -> str:
-        return "null" if index == self.null_class else self.class_names[index]
-
-    def _known(self) -> str:
-        shown = ", ".join(self.class_names[:12])
-        return shown if len(self.class_names) <= 12 else f"{shown} and {len(self.class_names) - 12} more"
+        return torch.tensor(self._names.indices(classes), device=self.device)
 
     def _checked(self, images: Images, classes: Classes, scales: int | None) -> tuple[TokenMaps, Tensor, int]:
         """Token maps, labels (N,) whose tables are built, and a number of scales that the model has."""
@@ -435,11 +417,11 @@ class VARClassifier:
             if cascade.calibrated and not self._told:
                 self._told = True
                 warnings.warn(
-                    f"{self.name} has no calibration for {cascade}: running {cascade.fixed()} instead; "
+                    f"{self.name} has no calibration for {cascade}: running {cascade.fixed(len(labels))} instead; "
                     "make one with varlik calibrate",
                     stacklevel=3,
                 )
-            return Plan(cascade.fixed())
+            return Plan(cascade.fixed(len(labels)))
         if cascade.calibrated:
             calibration.columns(labels)
         rules = calibration.rules(cascade.smooths)
@@ -461,21 +443,17 @@ class VARClassifier:
     ) -> Audit | None:
         """Score a random share of the images in full; None where there is nothing to audit so far."""
         name = str(plan.cascade)
-        chosen = [i for i, key in enumerate(images.keys) if _chance(key, how.seed) < share]
+        chosen = draw(images.keys, share, how.seed)
         if chosen:
             picked = TokenMaps.concatenate([images[i : i + 1] for i in chosen])
-            full = self._right_answers(plan, picked, prediction.labels, log_prior, how)
-            wrong = int((prediction.classes[chosen] != full).sum())
-            count, before = self._audited.get(name, (0, 0))
-            self._audited[name] = (count + len(chosen), before + wrong)
-        if not share or name not in self._audited:
-            return None
-        count, wrong = self._audited[name]
-        audit = Audit(count, wrong, *share_bounds(wrong, count), delta=plan.cascade.delta)
-        if chosen and audit.exceeded:
+            right = self._right_answers(plan, picked, prediction.labels, log_prior, how)
+            found = Audit(len(chosen), int((prediction.classes[chosen] != right).sum()), plan.cascade.delta)
+            self._audits[name] = self._audits[name] + found if name in self._audits else found
+        audit = self._audits.get(name) if share else None
+        if audit is not None and chosen and audit.exceeded:
             warnings.warn(
-                f"{wrong} of {count} audited images have another answer under full likelihood, where at most "
-                f"{100 * audit.delta:g} % was promised: these images are not like those of the calibration",
+                f"{audit.disagreements} of {audit.images} audited images have another answer when scored in full, "
+                f"and at most {100 * audit.delta:g} % was promised: they are not like the images of the calibration",
                 stacklevel=3,
             )
         return audit
@@ -512,10 +490,17 @@ def _device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _chance(key: int, seed: int) -> float:
-    """A number in [0, 1) that depends on the image and a seed alone."""
-    digest = hashlib.blake2b(f"audit/{seed}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def _scale_weights(calibration: Calibration | None, kind: str, scales: int, count: int) -> Tensor:
+    """What the log-likelihoods of each of `scales` of `count` scales are multiplied by, (scales,) float64."""
+    if calibration is None or calibration.temperature is None or calibration.scale_weights is None:
+        raise ValueError("calibrated: this takes a calibration made with labels (truth=...)")
+    if kind == "temperature":
+        return torch.full((scales,), 1 / float(calibration.temperature[scales - 1]), dtype=torch.float64)
+    if kind != "scale weights":
+        raise ValueError(f"calibrated: expected 'temperature', 'scale weights' or None, got {kind!r}")
+    if scales != count:
+        raise ValueError(f"scales: weights are for all {count} scales, got {scales}")
+    return calibration.scale_weights.double()
 
 
 def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:

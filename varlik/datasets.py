@@ -11,6 +11,7 @@ import gzip
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,6 +94,10 @@ def glyphs_100(split: Split, folder: str | Path) -> LabelledImages:
     if labels.size and not 0 <= labels.min() <= labels.max() < len(class_names):
         raise ValueError(f"{path}: labels outside the {len(class_names)} classes")
     return LabelledImages(images, labels.astype(np.int64), class_names)
+
+
+DATA_SETS: dict[str, Callable[..., LabelledImages]] = {"fashion-mnist": fashion_mnist, "glyphs-100": glyphs_100}
+"""By the bundled model trained on them; each takes a split and the folder with its files."""
 
 
 def _check_split(split: str) -> None:

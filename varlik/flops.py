@@ -228,7 +228,7 @@ def engine(
     the fixed counts of `Cascade.fixed`. Smoothing until classes are apart is not predicted, and left out. Raises as
     `released`, but for its stages.
     """
-    cascade = cascade.fixed() if calibration is None else cascade
+    cascade = cascade.fixed(classes) if calibration is None else cascade
     alive: float = check_classes(var, classes)
     steps = [Step("encode", 0, encode(vqvae, convention))]
     # How far each sample has been scored and embedded. All live classes have come equally far, and scale 1 is a table.

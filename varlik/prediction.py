@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varlik import flops
+from varlik.audit import Audit
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.run import StageResult
 
@@ -59,26 +60,6 @@ class Cost:
             full_flops=classes * flops.class_pass(var, None, "true").total,
             seconds=seconds,
         )
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What scoring a random share of the images in full said about the answers of a calibrated cascade.
-
-    `images` were scored in full, of which `disagreements` have another best class; the true share of such images lies
-    between `low` and `high` with a confidence of 95 %. `delta` is what the calibration promised. `exceeded`: the
-    promise is surely not kept, so these images are not like those of the calibration.
-    """
-
-    images: int
-    disagreements: int
-    low: float
-    high: float
-    delta: float
-
-    @property
-    def exceeded(self) -> bool:
-        return self.low > self.delta
 
 
 @dataclass(frozen=True)

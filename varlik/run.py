@@ -248,7 +248,8 @@ def _race(
     margins = plan.race_margins(stage)
     found = torch.full(alive.shape, torch.nan, dtype=torch.float32, device=alive.device)
     reached = torch.zeros(alive.shape, dtype=torch.int64, device=alive.device)
-    for scale in range(scored + 1, config.num_scales + 1):
+    # Where stages before it have scored all scales, the last one is looked at once more.
+    for scale in range(min(scored + 1, config.num_scales), config.num_scales + 1):
         stopping, last = due(alive, config.boundaries, scale), scale == config.num_scales
         if not stopping.any():  # what comes next is scored in one pass with this
             continue

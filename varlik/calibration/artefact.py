@@ -56,18 +56,19 @@ class SmoothingPlan:
     """What smoothing was calibrated for, and whether it pays.
 
     `samples` of noise `sigma`, the best `reach` classes of the clean image being smoothed; `gain` is how much of
-    accuracy it brought on labelled calibration images, None without labels.
+    accuracy it brought on labelled calibration images, with its standard `error`, None without labels.
     """
 
     samples: int
     sigma: float
     reach: int
     gain: float | None
+    error: float | None
 
     @property
     def pays(self) -> bool:
-        """Whether it is worth its cost, as far as is known."""
-        return self.gain is None or self.gain > 0
+        """Whether accuracy surely gains by it; without labels it is taken on trust."""
+        return self.gain is None or self.error is None or self.gain > 2 * self.error
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ class Calibration:
         path = Path(path)
         partial = path.with_name(path.name + ".part")
         save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            # Copies, for one tensor may stand for two of them, which the format refuses.
+            {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()},
             partial,
             metadata={"format": FORMAT, "calibration": json.dumps(about)},
         )

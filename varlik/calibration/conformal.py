@@ -61,7 +61,9 @@ class Rule:
 
         Raises `ValueError` for a delta outside (0, 1) and one that so few images cannot give.
         """
-        return quantile(self.scores, delta) * self.spread
+        number = quantile(self.scores, delta)
+        # Where so many images have a gap at a step without spread, nobody may be dropped there.
+        return torch.full_like(self.spread, torch.inf) if math.isinf(number) else number * self.spread
 
 
 def quantile(scores: Tensor, delta: float) -> float:

@@ -145,7 +145,7 @@ def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor
     smoothed, plan = None, None
     if part.samples is not None and held.samples is not None and measured.samples is not None:
         smoothed = _rules(part, held, corrected, held_corrected, _winner(part), _winner(held), smooth=True)
-        plan = SmoothingPlan(measured.samples.shape[-1], how.sigma, measured.samples.shape[1], _gain(measured))
+        plan = SmoothingPlan(measured.samples.shape[-1], how.sigma, measured.samples.shape[1], *_gain(measured))
     deltas = [delta for delta in DELTAS if images_needed(delta) <= len(held)]
     counts = [_expected(held, held_corrected, full.both.margins(delta)) for delta in deltas]
     behind = held_corrected > held_corrected.gather(1, held.best.unsqueeze(1))
@@ -159,7 +159,7 @@ def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor
         offset=offset.float(),
         full=full,
         recall=torch.stack([(behind.sum(1) < k).double().mean() for k in range(1, 11)]),
-        correlation=_correlation(held_corrected, held.exact.sum(-1)),
+        correlation=correlation(held_corrected, held.exact.sum(-1)),
         deltas=torch.tensor(deltas, dtype=torch.float64),
         finalists=torch.stack([rows[0] for rows in counts]),
         race_rows=torch.stack(counts),
@@ -261,11 +261,13 @@ def _winner(measured: Measured) -> Tensor:
     return measured.finalists.gather(1, _winner_place(measured).unsqueeze(1))[:, 0]
 
 
-def _gain(measured: Measured) -> float | None:
+def _gain(measured: Measured) -> tuple[float | None, float | None]:
+    """What smoothing adds to accuracy, and the standard error of that."""
     if measured.truth is None:
-        return None
+        return None, None
     after, before = (answer == measured.truth for answer in (_winner(measured), measured.best))
-    return (after.double() - before.double()).mean().item()
+    change = after.double() - before.double()
+    return change.mean().item(), (change.std() / len(change) ** 0.5).item()
 
 
 def _expected(measured: Measured, corrected: Tensor, margins: Tensor) -> Tensor:
@@ -280,7 +282,7 @@ def _expected(measured: Measured, corrected: Tensor, margins: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _correlation(a: Tensor, b: Tensor) -> float:
+def correlation(a: Tensor, b: Tensor) -> float:
     """Of two scores over the classes of an image, (n, N) each, averaged over images."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     size = a.square().sum(1) * b.square().sum(1)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from torch import Tensor
 
 from varlik.cascade import Cascade
 from varlik.classifier import VARClassifier
+from varlik.scoring.score_table import score_table
 from varlik.tokens import TokenMaps
 
 BATCH = 64
@@ -42,10 +45,16 @@ class AccuracyReport:
     calibration_error: float
 
 
-def evaluate(classifier: VARClassifier, images: TokenMaps, labels: Tensor) -> AccuracyReport:
-    """Score `images` under every class; `labels` (B,) are the true classes."""
+def tokenize_arrays(classifier: VARClassifier, images: np.ndarray) -> TokenMaps:
+    """Token maps of many greyscale images (n, H, W) uint8, some at a time."""
+    parts = [classifier.tokenize(images[i : i + 500, ..., None]) for i in range(0, len(images), 500)]
+    return TokenMaps.concatenate(parts)
+
+
+def evaluate(classifier: VARClassifier, images: TokenMaps, labels: Tensor, cache: Path | None = None) -> AccuracyReport:
+    """Score `images` under every class; `labels` (B,) are the true classes. `cache` as for `score_table`."""
     config = classifier.var.config
-    partial = torch.cat([partial_log_likelihoods(classifier, batch) for batch in _batches(images, "full likelihood")])
+    partial = partial_log_likelihoods(classifier, images, cache)
     predictions = partial.argmax(1)  # (B, K)
     truth = partial[torch.arange(len(labels)), labels, -1]
     return AccuracyReport(
@@ -67,11 +76,14 @@ def evaluate_cascade(
     return CascadeAccuracy(cascade, _share(classes == labels), _share(classes == full), tokens)
 
 
-def partial_log_likelihoods(classifier: VARClassifier, images: TokenMaps) -> Tensor:
-    """log p(first k token maps | class) for every k, (B, N, K), from one full pass."""
-    token_log_prob = classifier.token_log_prob(images)
-    ends = [end - 1 for end in classifier.var.config.boundaries[1:]]
-    return token_log_prob.double().cumsum(-1)[..., ends]
+def partial_log_likelihoods(classifier: VARClassifier, images: TokenMaps, cache: Path | None = None) -> Tensor:
+    """log p(first k token maps | class) for every k, (B, N, K), from one full pass. `cache` as for `score_table`."""
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("full likelihood", total=len(images))
+        parts = score_table(
+            classifier.engine, images, classifier.labels(), cache, lambda done, _: bar.update(task, completed=done)
+        )
+    return parts.double().cumsum(-1)
 
 
 def calibration_error(posterior: Tensor, labels: Tensor, bins: int = 15) -> float:

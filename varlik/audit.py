@@ -1,0 +1,51 @@
+"""Does a calibrated cascade keep its promise on these images? A random share of them, scored in full, tells."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from varlik.calibration.conformal import share_bounds
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What scoring a random share of the images in full said about the answers of a calibrated cascade.
+
+    `images` were scored in full, and `disagreements` of them have another answer then; the true share of such images
+    lies between `low` and `high` with a confidence of 95 %. `delta` is what the calibration promised.
+    """
+
+    images: int
+    disagreements: int
+    delta: float
+
+    @property
+    def low(self) -> float:
+        """Lower bound of the share of images with another answer."""
+        return share_bounds(self.disagreements, self.images)[0]
+
+    @property
+    def high(self) -> float:
+        """Upper bound of it."""
+        return share_bounds(self.disagreements, self.images)[1]
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the promise is surely not kept, so that these images are not like those of the calibration."""
+        return self.low > self.delta
+
+    def __add__(self, other: Audit) -> Audit:
+        return Audit(self.images + other.images, self.disagreements + other.disagreements, other.delta)
+
+
+def draw(keys: Sequence[int], share: float, seed: int) -> list[int]:
+    """Places of a random `share` of the images with these `keys`: a function of seed and image alone."""
+    return [i for i, key in enumerate(keys) if _number(key, seed) < share]
+
+
+def _number(key: int, seed: int) -> float:
+    """In [0, 1)."""
+    digest = hashlib.blake2b(f"audit/{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
