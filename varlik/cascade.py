@@ -202,15 +202,15 @@ class Cascade:
 
     def fixed(self, classes: int = 100) -> Cascade:
         """The same with counts for N `classes` in place of what needs a calibration, without calibrated smoothing."""
-        screened = max(SCREENED, round(SCREENED_SHARE * classes))
+        most = max(SCREENED, round(SCREENED_SHARE * classes))
         stages: list[AnyStage] = []
         for stage in self.stages:
             if isinstance(stage, Screen):
                 following = max((later.keep for later in self.stages if isinstance(later, Stage)), default=0)
-                stages.append(Screen(keep=max(SCREENED, following)) if stage.keep is None else stage)
+                stages.append(Screen(keep=max(most, following)) if stage.keep is None else stage)
             elif isinstance(stage, Race) and not any(isinstance(before, Stage) for before in stages):
                 screened = [before.keep for before in stages if isinstance(before, Screen) and before.keep is not None]
-                stages.append(Stage("60%", min([RACED, *screened]) if stages else SCREENED))
+                stages.append(Stage("60%", min([RACED, *screened]) if stages else most))
             elif isinstance(stage, Stage):
                 stages.append(stage)
         left = [stage.keep for stage in stages[-1:] if isinstance(stage, Stage | Screen)]

@@ -50,11 +50,12 @@ class Cost:
         backward = torch.stack([stage.backward_tokens for stage in stages]).sum(0)
         per_token = torch.tensor(flops.token_flops(var), device=by_scale.device)
         back = flops.first_order_backward(var, "true").total // (var.num_tokens - 1)
+        product = flops.first_order_product(var, classes, "true").total * (backward > 0)
         return cls(
             tokens_by_class=torch.stack([stage.tokens_by_class for stage in stages]).sum(0),
             tokens_by_scale=by_scale,
             backward_tokens=backward,
-            flops=(by_scale * per_token).sum(1) + back * backward,
+            flops=(by_scale * per_token).sum(1) + back * backward + product,
             encode_flops=flops.encode(vqvae, "true").total,
             full_tokens=classes * var.num_tokens,
             full_flops=classes * flops.class_pass(var, None, "true").total,

@@ -27,7 +27,6 @@ REACH = 4  # classes that smoothing re-scores
 DELTAS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # Classes far behind the best one matter little, but where they are all there is to go by.
 FAR_WEIGHT = 0.01
-ROUNDS = 40  # of fitting slope and offsets in turn
 STRICTNESS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)  # of the race beside the screen, of which the best is taken
 BATCH = 64
 
@@ -186,20 +185,27 @@ def fit_correction(first_order: Tensor, exact: Tensor) -> tuple[float, Tensor]:
 def _least_squares(x: Tensor, y: Tensor, weights: Tensor) -> tuple[float, Tensor, float]:
     """y ~ slope * x + offset[class] + constant[image]: the first two, and the root mean square of what is left."""
     total = weights.sum(1, keepdim=True)
-    offset, slope = torch.zeros_like(y[0]), 1.0
 
     def centred(values: Tensor) -> Tensor:
         return values - (weights * values).sum(1, keepdim=True) / total
 
-    across = centred(x)
-    for _ in range(ROUNDS):
-        square = (weights * across.square()).sum()
-        slope = float((weights * across * centred(y - offset)).sum() / square) if square > 0 else 1.0
-        rest = y - slope * x
-        constant = (weights * (rest - offset)).sum(1, keepdim=True) / total
-        offset = (weights * (rest - constant)).sum(0) / weights.sum(0)
-    left = centred(y - slope * x - offset)
-    return slope, offset, float(((weights * left.square()).sum() / weights.sum()).sqrt())
+    def size(values: Tensor) -> float:
+        return float(((weights * values.square()).sum() / total.sum()).sqrt())
+
+    # Normal equations of (slope - 1, offset) without the constants, x in units of its size. Their solution of least
+    # norm leaves the slope at 1 where nothing tells it, and the mean offset, which nothing does, at 0.
+    across, rest = centred(x), centred(y - x)
+    unit = size(across)
+    if unit <= 1e-9 * float(x.abs().max()):  # rounding errors
+        across, unit = torch.zeros_like(across), 1.0
+    across = across / unit
+    mixed = (weights * across).sum(0)
+    between = weights.sum(0).diag() - weights.T @ (weights / total)
+    top = torch.cat(((weights * across.square()).sum().view(1), mixed))
+    equations = torch.cat((top.unsqueeze(0), torch.cat((mixed.unsqueeze(1), between), dim=1)))
+    wanted = torch.cat(((weights * across * rest).sum().view(1), (weights * rest).sum(0)))
+    found = torch.linalg.lstsq(equations, wanted, driver="gelsd").solution
+    return 1 + float(found[0]) / unit, found[1:], size(centred(rest - found[0] * across - found[1:]))
 
 
 def _rules(

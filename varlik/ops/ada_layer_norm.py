@@ -203,18 +203,21 @@ def _ada_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inner = _registry.accumulation_dtype(y.dtype)
     grad_out, stream, width = grad_out.to(inner), y.to(inner), y.shape[-1]
-    normed, mean, rstd = torch.native_layer_norm(stream, (width,), None, None, eps)
-    scale_rows = _rows(scale, row_class, inner) + 1
+    normed, mean, rstd = torch.native_layer_norm(stream, (width,), *_identity(width, inner, y.device), eps)
+    sums = normed.new_zeros(len(y), 3, width)
+    # One buffer for all products, each used as soon as it is there: what counts here are passes over memory.
+    torch.sum(normed.mul_(grad_out), 1, out=sums[:, 1])
+    torch.sum(grad_out, 1, out=sums[:, 2])
+    scaled = torch.mul(grad_out, _rows(scale, row_class, inner) + 1, out=normed)
     grad_x = torch.ops.aten.native_layer_norm_backward(
-        grad_out * scale_rows, stream, (width,), mean, rstd, None, None, [True, False, False]
+        scaled, stream, (width,), mean, rstd, None, None, [True, False, False]
     )[0]
-    sums = [torch.zeros_like(grad_out[:, 0]), (grad_out * normed).sum(1), grad_out.sum(1)]
     if branch is None or gate is None or grad_y is None:
-        return grad_x.to(y.dtype), y.new_empty(0), torch.stack(sums, dim=1)
-    grad_x += grad_y.to(inner)
-    sums[0] = (grad_x * branch.to(inner)).sum(1)
+        return grad_x.to(y.dtype), y.new_empty(0), sums
+    grad_x += grad_y
+    torch.sum(torch.mul(grad_x, branch, out=scaled), 1, out=sums[:, 0])
     grad_branch = (grad_x * _rows(gate, row_class, inner)).to(branch.dtype)
-    return grad_x.to(y.dtype), grad_branch, torch.stack(sums, dim=1)
+    return grad_x.to(y.dtype), grad_branch, sums
 
 
 @lru_cache(maxsize=64)

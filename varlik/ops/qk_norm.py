@@ -167,18 +167,21 @@ def _qk_norm_backward(
     rows, tokens, heads, head_dim = grad_q.shape
     inner = _registry.accumulation_dtype(qkv.dtype)
     k, v = (grad.unflatten(0, (rows, -1))[:, -tokens:] if rows else grad_q for grad in (grad_k, grad_v))
+    grads = grad_q.new_empty(rows, tokens, 3, heads, head_dim, dtype=inner)
+    for i, grad in enumerate((grad_q, k, v)):
+        grads[:, :, i] = grad
     if scale is None:
-        return torch.stack((grad_q, k, v), dim=2).flatten(2), grad_q.new_empty(0, dtype=inner)
+        return grads.to(qkv.dtype).flatten(2), grads.new_empty(0)
     vectors = qkv.unflatten(-1, (3, heads, head_dim))[:, :, :2].to(inner)
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    normed = vectors / norms.clamp(min=MIN_NORM)
-    grads = torch.stack((grad_q, k), dim=2).to(inner)
-    along = (normed * grads).sum(-1, keepdim=True)  # (R, T, 2, H, 1)
+    inverse = norms.clamp(min=MIN_NORM).reciprocal_()
+    of_vectors = grads[:, :, :2]  # changed in place, beside the gradient of v
+    along = (of_vectors * vectors).sum(-1, keepdim=True).mul_(inverse)  # (R, T, 2, H, 1)
     # A norm that was clamped is a constant.
-    grads = (grads - normed * along.masked_fill(norms < MIN_NORM, 0)) / norms.clamp(min=MIN_NORM)
-    factors = torch.stack((scale.to(inner), torch.ones_like(scale, dtype=inner)))
-    grads = (grads * factors.unsqueeze(-1)).to(qkv.dtype)
-    return torch.cat((grads, v.unsqueeze(2)), dim=2).flatten(2), along[:, :, 0, :, 0].contiguous()
+    slope = (along * inverse).masked_fill_(norms < MIN_NORM, 0)
+    factors = torch.stack((scale.to(inner), torch.ones_like(scale, dtype=inner))).unsqueeze(-1)
+    of_vectors.addcmul_(vectors, slope, value=-1).mul_(inverse.mul_(factors))
+    return grads.to(qkv.dtype).flatten(2), along[:, :, 0, :, 0].contiguous()
 
 
 def _autograd(

@@ -166,23 +166,43 @@ def _runs(
 def _backward(
     grad: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, boundaries: list[int], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale by scale, so that the weights of one scale exist at a time."""
+    """Scale by scale, so that the weights of one scale exist at a time; from the last, whose queries see every key."""
     rows, tokens, heads, head_dim = q.shape
-    inner = _registry.accumulation_dtype(q.dtype)
-    shape = (rows, boundaries[-1], heads, head_dim)
-    keys, values = (pages.reshape(shape).to(inner) for pages in (k_pages, v_pages))
+    length, inner = boundaries[-1], _registry.accumulation_dtype(q.dtype)
+    start = length - tokens
+    # The factor goes to the queries and, at the end, to their gradient: both are smaller than the logits.
+    queries, grads = _by_head(q.to(inner) * softmax_scale), _by_head(grad.to(inner))
+    keys, values = (_by_head(x.reshape(rows, length, heads, head_dim).to(inner)) for x in (k_pages, v_pages))
     grad_q = q.new_empty(q.shape)
-    grad_keys, grad_values = keys.new_zeros(shape), values.new_zeros(shape)
-    start = boundaries[-1] - tokens
-    for a, b in _scales(boundaries, tokens):
-        queries, grads = (x[:, a - start : b - start].to(inner) for x in (q, grad))
-        weights = (torch.einsum("rthd,rlhd->rhtl", queries, keys[:, :b]) * softmax_scale).softmax(-1)
-        grad_values[:, :b] += torch.einsum("rhtl,rthd->rlhd", weights, grads)
-        grad_weights = torch.einsum("rthd,rlhd->rhtl", grads, values[:, :b])
-        grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * softmax_scale
-        grad_q[:, a - start : b - start] = torch.einsum("rhtl,rlhd->rthd", grad_logits, keys[:, :b])
-        grad_keys[:, :b] += torch.einsum("rhtl,rthd->rlhd", grad_logits, queries)
-    return grad_q, grad_keys.to(q.dtype).view(k_pages.shape), grad_values.to(q.dtype).view(v_pages.shape)
+    grad_keys, grad_values = keys.new_empty(0), keys.new_empty(0)
+    for a, b, mask in reversed(_runs(tuple(boundaries), tokens, inner, q.device)):
+        q_part, grad_part = (x.narrow(1, a - start, b - a) for x in (queries, grads))
+        k_part, v_part = (x.narrow(1, 0, b) for x in (keys, values))
+        # Every product comes as soon as it can, while what it reads is in a CPU's caches.
+        logits = torch.bmm(q_part, k_part.mT) if mask is None else torch.baddbmm(mask, q_part, k_part.mT)
+        weights = logits.softmax(-1)
+        found_values = torch.bmm(weights.mT, grad_part)
+        grad_logits = torch._softmax_backward_data(torch.bmm(grad_part, v_part.mT), weights, -1, inner)
+        found_keys = torch.bmm(grad_logits.mT, q_part)
+        found_q = _by_token(torch.bmm(grad_logits, k_part), rows)
+        torch.mul(found_q, softmax_scale, out=grad_q.narrow(1, a - start, b - a))
+        if b == length:
+            grad_keys, grad_values = found_keys, found_values
+        else:
+            grad_keys.narrow(1, 0, b).add_(found_keys)
+            grad_values.narrow(1, 0, b).add_(found_values)
+    grad_k, grad_v = (_by_token(x, rows).to(q.dtype).contiguous() for x in (grad_keys, grad_values))
+    return grad_q, grad_k.view(k_pages.shape), grad_v.view(v_pages.shape)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(R, T, H, D) -> (R H, T, D), copied: batched products of other layouts are slower than the copy."""
+    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3])
+
+
+def _by_token(x: Tensor, rows: int) -> Tensor:
+    """(R H, T, D) -> (R, T, H, D), a view."""
+    return x.view(rows, len(x) // max(rows, 1), x.shape[1], x.shape[2]).transpose(1, 2)
 
 
 def _autograd(inputs: list[Any], output: Any, needs: Any, impl: str, grad: Tensor) -> tuple[Any, ...]:

@@ -102,8 +102,8 @@ def backward(done: Pass, scales: Sequence[int] | None = None) -> Conditions:
     grad_u = grad_hidden.view(done.hidden.shape)
     grad_x: Tensor = torch.zeros_like(done.streams[0])
     depth, width = len(weights.blocks), weights.config.embed_dim
-    vectors = torch.zeros(rows, 6 * depth + 2, width, dtype=done.log_prob.dtype, device=grad_u.device)
-    pages = torch.zeros(rows, 2 * depth, width, dtype=done.log_prob.dtype, device=grad_u.device)
+    vectors = torch.empty(rows, 6 * depth + 2, width, dtype=done.log_prob.dtype, device=grad_u.device)
+    pages = torch.empty(rows, 2 * depth, width, dtype=done.log_prob.dtype, device=grad_u.device)
     norm = partial(ops.ada_layer_norm_backward, impl=compute.impl)
     for i in reversed(range(depth)):
         block = weights.blocks[i]
@@ -114,16 +114,15 @@ def backward(done: Pass, scales: Sequence[int] | None = None) -> Conditions:
             grad_x, grad_u, saved.end, saved.mlp_branch, gate2, next_scale, done.row_class
         )
         last = i + 1 == depth
-        vectors[:, 6 * i + 1] += found[:, 0]
-        vectors[:, -2 if last else 6 * i + 8] += found[:, 1]
-        vectors[:, -1 if last else 6 * i + 10] += found[:, 2]
-        grad_gelu = _times(weights, cast(Tensor, grad_branch), block.fc2[0])
-        grad_hidden = torch.ops.aten.gelu_backward(grad_gelu, saved.hidden, approximate="tanh")
+        vectors[:, 6 * i + 1] = found[:, 0]
+        vectors[:, -2 if last else 6 * i + 8] = found[:, 1]
+        vectors[:, -1 if last else 6 * i + 10] = found[:, 2]
+        grad_hidden = _times(weights, cast(Tensor, grad_branch), block.fc2[0]).mul_(saved.slope)
         grad_u = _times(weights, grad_hidden, block.fc1[0])
         grad_x, grad_branch, found = norm(grad_x, grad_u, saved.stream, saved.branch, gate1, scale2, done.row_class)
-        vectors[:, 6 * i] += found[:, 0]
-        vectors[:, 6 * i + 3] += found[:, 1]
-        vectors[:, 6 * i + 5] += found[:, 2]
+        vectors[:, 6 * i] = found[:, 0]
+        vectors[:, 6 * i + 3] = found[:, 1]
+        vectors[:, 6 * i + 5] = found[:, 2]
         grad_out = _times(weights, cast(Tensor, grad_branch), block.proj[0]).unflatten(-1, heads[0].shape[2:])
         grad_q, grad_k, grad_v = ops.scale_causal_attention_backward(
             grad_out, *heads, done.boundaries, softmax_scale=weights.softmax_scale, impl=compute.impl
@@ -133,12 +132,14 @@ def backward(done: Pass, scales: Sequence[int] | None = None) -> Conditions:
         grad_qkv, _ = ops.qk_norm_backward(grad_q, grad_k, grad_v, saved.qkv, block.q_scale, impl=compute.impl)
         grad_u = _times(weights, grad_qkv, block.qkv[0])
     _, _, found = norm(None, grad_u, done.streams[0], None, None, done.at.vectors[:, 2], done.row_class)
-    vectors[:, 2] += found[:, 1]
-    vectors[:, 4] += found[:, 2]
+    vectors[:, 2] = found[:, 1]
+    vectors[:, 4] = found[:, 2]
     return Conditions(vectors, pages)
 
 
-GOOD_ROWS = 32  # more rows at a time do not make products faster
+# Activations of the rows that go through at a time. On a CPU, what malloc keeps for the next pass (see `memory`): page
+# faults of more than that take longer than larger products save.
+GOOD_BYTES = {"cpu": 56 * 2**20, "cuda": 2 * 2**30}
 
 
 def activation_bytes(weights: PackedWeights, tokens: int, checkpointed: bool) -> int:

@@ -53,10 +53,11 @@ def first_order_log_likelihood(
             raise ValueError(f"{name}: expected one class or more, got shape {tuple(classes.shape)}")
     engine.check_images(images)
     engine.prepare(torch.cat((labels, at)))
-    estimates = [
-        _estimate(engine, batch, labels, at, scales, per_scale, expansions)
-        for batch in _batches(engine, images, scales)
-    ]
+    with torch.autocast(labels.device.type, enabled=False):  # the caller's, as in the engine
+        estimates = [
+            _estimate(engine, batch, labels, at, scales, per_scale, expansions)
+            for batch in _batches(engine, images, scales)
+        ]
     return torch.cat(estimates)
 
 
@@ -71,11 +72,12 @@ def batch_rows(engine: Engine, scales: int) -> tuple[int, bool]:
 
     Without that where the memory of a chunk allows it; one image is always taken.
     """
-    tokens = engine.config.boundaries[scales]
+    tokens, kind = engine.config.boundaries[scales], engine.weights.positions.device.type
+    good = adjoint.GOOD_BYTES.get(kind, adjoint.GOOD_BYTES["cpu"])
     for checkpointed in (False, True):
-        rows = engine.chunk_bytes // adjoint.activation_bytes(engine.weights, tokens, checkpointed)
-        if rows:
-            return min(rows, adjoint.GOOD_ROWS), checkpointed
+        size = adjoint.activation_bytes(engine.weights, tokens, checkpointed)
+        if size <= engine.chunk_bytes:
+            return max(1, min(engine.chunk_bytes, good) // size), checkpointed
     return 1, True
 
 
@@ -93,8 +95,9 @@ def _estimate(
         total = total + _expand(engine, images, point, rows, scales, per_scale)
         if done < expansions:
             estimates = first[..., 0] + total.sum(-1) / done
-            spread = estimates.std(-1, keepdim=True).clamp(min=torch.finfo(estimates.dtype).tiny)
-            point = tables.mean(rows, (SHARPNESS * estimates / spread).softmax(-1))
+            lead = estimates - estimates.amax(-1, keepdim=True)  # finite over any spread, that of one class included
+            spread = lead.std(-1, correction=0, keepdim=True).clamp(min=torch.finfo(lead.dtype).tiny)
+            point = tables.mean(rows, (SHARPNESS * lead / spread).softmax(-1))
     later = total / expansions
     found = torch.cat((first.to(later.dtype), later), dim=-1)
     return (found if per_scale else found.sum(-1)).float()
