@@ -143,7 +143,7 @@ def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor
     full = _rules(part, held, corrected, held_corrected, part.best, held.best)
     smoothed, plan = None, None
     if part.samples is not None and held.samples is not None and measured.samples is not None:
-        smoothed = _rules(part, held, corrected, held_corrected, _winner(part), _winner(held), smooth=True)
+        smoothed = _rules(part, held, corrected, held_corrected, winner(part), winner(held), smooth=True)
         plan = SmoothingPlan(measured.samples.shape[-1], how.sigma, measured.samples.shape[1], *_gain(measured))
     deltas = [delta for delta in DELTAS if images_needed(delta) <= len(held)]
     counts = [_expected(held, held_corrected, full.both.margins(delta)) for delta in deltas]
@@ -260,7 +260,7 @@ def _winner_place(measured: Measured) -> Tensor:
     return _running_mean(measured)[..., -1].argmax(1)
 
 
-def _winner(measured: Measured) -> Tensor:
+def winner(measured: Measured) -> Tensor:
     """Column of the class that is best after smoothing, (n,)."""
     if measured.finalists is None:
         raise ValueError("measured: no finalists to smooth")
@@ -271,7 +271,7 @@ def _gain(measured: Measured) -> tuple[float | None, float | None]:
     """What smoothing adds to accuracy, and the standard error of that."""
     if measured.truth is None:
         return None, None
-    after, before = (answer == measured.truth for answer in (_winner(measured), measured.best))
+    after, before = (answer == measured.truth for answer in (winner(measured), measured.best))
     change = after.double() - before.double()
     return change.mean().item(), (change.std() / len(change) ** 0.5).item()
 
