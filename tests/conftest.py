@@ -48,6 +48,18 @@ def golden_classifier(data: Path):
     return classifier, load_file(data / "adaln.expected.safetensors")
 
 
+@pytest.fixture(scope="session")
+def fashion():
+    """The bundled fashion-mnist: classifier, token maps of its 12 pictures, and their exact scores (12, 10, K)."""
+    import varlik
+    from varlik.evaluation.samples import samples
+    from varlik.scoring.score_table import score_table
+
+    classifier = varlik.load("fashion-mnist")
+    images = classifier.tokenize(list(samples("fashion-mnist").paths))
+    return classifier, images, score_table(classifier.engine, images, classifier.labels()).double()
+
+
 @pytest.fixture
 def run(capsys, monkeypatch):
     """`run(*arguments)` calls the command line as a user does: (exit code, stdout, stderr)."""

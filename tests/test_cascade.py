@@ -46,5 +46,3 @@ def test_scales_beyond_the_model_and_backwards():
         Cascade.parse("12:1").scales_of(10)
     with pytest.raises(ValueError, match="fewer scales"):
         Cascade.parse("6:3,4:1").scales_of(10)
-
-

@@ -146,7 +146,7 @@ def test_convert_round_trip(run, pictures, tmp_path):
 
 
 def test_profile_of_ops_that_took_no_time():
-    from varlik.cli import _profile_table
+    from varlik.cli.measure import _profile_table
     from varlik.evaluation.profile import OpTime
 
     table = _profile_table((OpTime("linear 8 -> 8", 2, 0.5, 10**9), OpTime("other", 1, 0.0, 0)), peak=4.0)

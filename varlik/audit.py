@@ -14,12 +14,13 @@ class Audit:
     """What scoring a random share of the images in full said about the answers of a calibrated cascade.
 
     `images` were scored in full, and `disagreements` of them have another answer then; the true share of such images
-    lies between `low` and `high` with a confidence of 95 %. `delta` is what the calibration promised.
+    lies between `low` and `high` with a confidence of 95 %. `delta` is what the calibration promised, None where it
+    promised nothing.
     """
 
     images: int
     disagreements: int
-    delta: float
+    delta: float | None
 
     @property
     def low(self) -> float:
@@ -34,7 +35,7 @@ class Audit:
     @property
     def exceeded(self) -> bool:
         """Whether the promise is surely not kept, so that these images are not like those of the calibration."""
-        return self.low > self.delta
+        return self.delta is not None and self.low > self.delta
 
     def __add__(self, other: Audit) -> Audit:
         return Audit(self.images + other.images, self.disagreements + other.disagreements, other.delta)

@@ -328,7 +328,7 @@ class VARClassifier:
         cascade: Cascade | str = VARC,
         *,
         prior: Sequence[float] | Tensor | None = None,
-        sigma: float = 0.1,
+        sigma: float | None = None,
         seed: int = 0,
         aggregate: Aggregate = "mean",
         audit: float = 0.0,
@@ -336,8 +336,8 @@ class VARClassifier:
         """The most likely class of each image, found by a cascade (default: full likelihood of every class).
 
         `cascade` is a `Cascade` such as `varlik.FAST`, or its text, such as "6:10,10:3,10x3:1" or
-        "screen:0.5%,race:0.5%"; `prior` (N,) follows `classes`; `sigma`, `seed` and `aggregate` concern stages with
-        more than one sample.
+        "screen:0.5%,race:0.5%"; `prior` (N,) follows `classes`; `sigma` (default: what smoothing was calibrated for,
+        else 0.1), `seed` and `aggregate` concern stages with more than one sample.
 
         Stages with a percentage take this classifier's `calibration`. Without one they fall back to fixed counts
         (`Cascade.fixed`), with a warning. A share `audit` of the images, at random, is scored in full as well:
@@ -353,7 +353,7 @@ class VARClassifier:
         if not 0 <= audit <= 1:
             raise ValueError(f"audit: expected a share from 0 to 1, got {audit}")
         stage_scales = cascade.scales_of(self.var.config.num_scales)
-        how = Smoothing(sigma, seed, aggregate)
+        how = Smoothing(self._sigma(cascade) if sigma is None else sigma, seed, aggregate)
         plan = self._plan(cascade, self.labels(classes), how)
         images, labels, _ = self._checked(images, classes, None)
         log_prior = _log_prior(prior, len(labels), self.device)
@@ -410,6 +410,11 @@ class VARClassifier:
         for first in range(0, len(images), size):
             yield images[first : first + size]
 
+    def _sigma(self, cascade: Cascade) -> float:
+        """Noise of perturbed samples where none is given."""
+        smoothing = self.calibration.smoothing if self.calibration is not None and cascade.smooths else None
+        return Smoothing.sigma if smoothing is None else smoothing.sigma
+
     def _plan(self, cascade: Cascade, labels: Tensor, how: Smoothing) -> Plan:
         """The cascade with what it takes of the calibration, or with fixed counts where there is none."""
         calibration = self.calibration
@@ -447,10 +452,10 @@ class VARClassifier:
         if chosen:
             picked = TokenMaps.concatenate([images[i : i + 1] for i in chosen])
             right = self._right_answers(plan, picked, prediction.labels, log_prior, how)
-            found = Audit(len(chosen), int((prediction.classes[chosen] != right).sum()), plan.cascade.delta)
+            found = Audit(len(chosen), int((prediction.classes[chosen] != right).sum()), plan.delta)
             self._audits[name] = self._audits[name] + found if name in self._audits else found
         audit = self._audits.get(name) if share else None
-        if audit is not None and chosen and audit.exceeded:
+        if audit is not None and audit.delta is not None and chosen and audit.exceeded:
             warnings.warn(
                 f"{audit.disagreements} of {audit.images} audited images have another answer when scored in full, "
                 f"and at most {100 * audit.delta:g} % was promised: they are not like the images of the calibration",

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from varlik.calibration import Calibration
-from varlik.cascade import Cascade, Race, Screen, Stage
+from varlik.cascade import Cascade, Race, Screen, Smooth, Stage
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.models.presets import VAR_FILE, describe, get_preset
 from varlik.models.vqvae import AttnBlock, Encoder
@@ -221,11 +221,11 @@ def engine(
 ) -> CascadeFlops:
     """Cost per image of the same cascade without what is computed twice; the `class_table` comes once on top.
 
-    Screening and race drop as many classes as they did on average on the images of `calibration`; without one they take
-    the fixed counts of `Cascade.fixed`. Smoothing until classes are apart is not predicted, and left out. Raises as
-    `released`, but for its stages.
+    Screening, race and smoothing take as many rows as they did on average on the images of `calibration`; without one
+    the fixed counts of `Cascade.fixed` are taken. Raises as `released`, but for its stages.
     """
     cascade = cascade.fixed(classes) if calibration is None else cascade
+    smooths = calibration is not None and calibration.smooths(cascade.smooths)
     alive: float = check_classes(var, classes)
     steps = [Step("encode", 0, encode(vqvae, convention))]
     # How far each sample has been scored and embedded. All live classes have come equally far, and scale 1 is a table.
@@ -234,17 +234,21 @@ def engine(
         if isinstance(stage, Screen):
             work = first_order(var, convention) + first_order_product(var, classes, convention)
             steps.append(Step(str(stage), 1, work))
-            delta = stage.delta
-            finalists = calibration.expected_finalists(delta) if calibration is not None and delta else stage.keep
-            alive = min(alive, finalists or alive)
+            delta, finalists = stage.delta, stage.keep or alive
+            if calibration is not None and delta is not None:
+                finalists = calibration.expected_finalists(delta, smooths)
+            alive = min(alive, finalists)
         elif isinstance(stage, Race) and calibration is not None:
-            rows = calibration.expected_race_rows(stage.delta)
+            rows = calibration.expected_race_rows(stage.delta, smooths)
             start = max(1, reached[0])
             work = _word_embed(var, start, scales, convention)
             for k in range(start, scales):
                 work += min(alive, rows[k]) * _tokens(var, k, k + 1, convention)
             steps.append(Step(str(stage), round(alive), work))
             reached[0], alive = scales, 1
+        elif isinstance(stage, Smooth) and calibration is not None and smooths:
+            count = calibration.expected_smooth_rows(stage.delta)
+            steps.append(Step(str(stage), round(count), count * _tokens(var, 1, scales, convention)))
         elif isinstance(stage, Stage):
             work, count = _fixed_stage(stage, scales, alive, reached, var, vqvae, convention)
             steps.append(Step(str(replace(stage, scales=scales)), count, work))

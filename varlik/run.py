@@ -159,6 +159,15 @@ class Plan:
         return self.rules.race.margins(stage.delta)
 
     @property
+    def delta(self) -> float | None:
+        """What is promised: the probability that a stage that runs loses the right class; None without a promise."""
+        if not self.cascade.calibrated or self.rules is None:
+            return None
+        last = self.cascade.stages[-1]
+        unused = last.delta if isinstance(last, Smooth) and self.rules.smooth is None else 0.0
+        return self.cascade.delta - unused
+
+    @property
     def samples(self) -> int:
         """Most samples that a stage may score."""
         smoothed = self.rules is not None and self.rules.smooth is not None and self.calibration is not None

@@ -84,7 +84,9 @@ class Calibration:
     - `recall` (10,): how often the right class was among the best 1 to 10 corrected scores. `correlation`: of corrected
       and exact scores over the classes of an image, on average.
     - `deltas` (D,), `finalists` (D,), `race_rows` (D, K): for some delta, how many classes pass screening on average,
-      and how many go through each scale of a race that shares this delta with a screen before it.
+      and how many go through each scale of a race that shares this delta with a screen before it. `smoothed_rows`
+      (D, K), `smooth_rows` (D,): the same in a cascade that ends in smoothing, and how many (perturbed sample, class)
+      rows that takes on top. None where that was not calibrated.
     """
 
     fingerprint: Fingerprint
@@ -103,6 +105,8 @@ class Calibration:
     smoothed: Rules | None = None
     temperature: Tensor | None = None
     scale_weights: Tensor | None = None
+    smoothed_rows: Tensor | None = None
+    smooth_rows: Tensor | None = None
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raise `ValueError` naming the fields in which `fingerprint` differs."""
@@ -128,13 +132,22 @@ class Calibration:
             return self.smoothed
         return self.full
 
-    def expected_finalists(self, delta: float) -> float:
-        """How many classes pass screening at `delta`, on average over the calibration images."""
-        return float(_between(self.deltas, self.finalists.unsqueeze(1), delta)[0])
+    def smooths(self, cascade_smooths: bool) -> bool:
+        """Whether a cascade that would end in smoothing does."""
+        return self.rules(cascade_smooths).smooth is not None
 
-    def expected_race_rows(self, delta: float) -> tuple[float, ...]:
+    def expected_finalists(self, delta: float, smooth: bool = False) -> float:
+        """How many classes pass screening at `delta`, on average; more with smoothing to come."""
+        return self.expected_race_rows(delta, smooth)[0]
+
+    def expected_race_rows(self, delta: float, smooth: bool = False) -> tuple[float, ...]:
         """How many go through each scale of a race that shares `delta` with a screen before it: (K,)."""
-        return tuple(_between(self.deltas, self.race_rows, delta).tolist())
+        rows = self.smoothed_rows if smooth and self.smoothed_rows is not None else self.race_rows
+        return tuple(_between(self.deltas, rows, delta).tolist())
+
+    def expected_smooth_rows(self, delta: float) -> float:
+        """How many rows of perturbed samples are scored after that; 0 without smoothing."""
+        return 0.0 if self.smooth_rows is None else float(_between(self.deltas, self.smooth_rows, delta))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all. Raises `OSError`."""
@@ -142,7 +155,7 @@ class Calibration:
             name: getattr(self, name)
             for name in ("labels", "at", "offset", "recall", "deltas", "finalists", "race_rows")
         }
-        for name in ("temperature", "scale_weights"):
+        for name in ("temperature", "scale_weights", "smoothed_rows", "smooth_rows"):
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)
         for kind in ("full", "smoothed"):

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_IMAGES = 6
+FIT_SHARE = 1 / 3
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -77,15 +80,29 @@ def quantile(scores: Tensor, delta: float) -> float:
     rank = math.ceil((count + 1) * (1 - delta) - 1e-9)
     if rank > count:
         raise ValueError(
-            f"delta: {delta:g} takes at least {images_needed(delta)} calibration images, this calibration has {count}"
+            f"delta: {100 * delta:g} % takes a calibration on at least {calibration_images_needed(delta)} images, "
+            f"{images_needed(delta)} of them to count on; this one has {count} to count on"
         )
     return float(scores.sort().values[rank - 1])
 
 
 def images_needed(delta: float) -> int:
-    """How many calibration images a guarantee of `delta` takes at least."""
+    """How many images a guarantee of `delta` is counted on at least."""
     check_delta(delta)
     return math.ceil(1 / delta - 1 - 1e-9)
+
+
+def calibration_images_needed(delta: float) -> int:
+    """How many images a calibration takes at least, so that enough are left for `delta` after fitting."""
+    count = max(MIN_IMAGES, math.floor(images_needed(delta) / (1 - FIT_SHARE)) - 2)
+    while count - fit_images(count) < images_needed(delta):
+        count += 1
+    return count
+
+
+def fit_images(count: int) -> int:
+    """How many of `count` images fit slope, offsets and units; the others are counted on, so that the counts hold."""
+    return max(2, round(FIT_SHARE * count))
 
 
 def check_delta(delta: float) -> float:

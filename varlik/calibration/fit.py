@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varlik.calibration.artefact import Calibration, Fingerprint, Rules, SmoothingPlan
-from varlik.calibration.conformal import Rule, images_needed
+from varlik.calibration.conformal import MIN_IMAGES, Rule, fit_images, images_needed
 from varlik.calibration.posterior import fit_scale_weights, fit_temperature
 from varlik.models.config import Preprocessing
 from varlik.models.vqvae import VQVAE
@@ -21,8 +21,6 @@ from varlik.scoring.score_table import score_table
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
-FIT_SHARE = 1 / 3  # of the images: for slope, offsets and units; quantiles come from the others, so that they hold
-MIN_IMAGES = 6
 REACH = 4  # classes that smoothing re-scores
 DELTAS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # Classes far behind the best one matter little, but where they are all there is to go by.
@@ -136,16 +134,19 @@ def measure(
 def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor, how: Smoothing) -> Calibration:
     """The calibration that `measured` gives for classes `labels` (N,), expanded around the mean of `at`."""
     order = torch.randperm(len(measured), generator=torch.Generator().manual_seed(0))
-    first = max(2, round(FIT_SHARE * len(measured)))
+    first = fit_images(len(measured))
     part, held = measured[order[:first]], measured[order[first:]]
     slope, offset = fit_correction(part.first_order, part.exact.sum(-1))
     corrected, held_corrected = (slope * m.first_order + offset for m in (part, held))
     full = _rules(part, held, corrected, held_corrected, part.best, held.best)
-    smoothed, plan = None, None
+    smoothed, plan, smoothed_rows, smooth_rows = None, None, None, None
+    deltas = [delta for delta in DELTAS if images_needed(delta) <= len(held)]
     if part.samples is not None and held.samples is not None and measured.samples is not None:
         smoothed = _rules(part, held, corrected, held_corrected, winner(part), winner(held), smooth=True)
+        rows = [_expected(held, held_corrected, smoothed.both.margins(delta)) for delta in deltas]
+        smoothed_rows = torch.stack(rows)
+        smooth_rows = torch.stack([_expected_smooth(held, smoothed, delta) for delta in deltas])
         plan = SmoothingPlan(measured.samples.shape[-1], how.sigma, measured.samples.shape[1], *_gain(measured))
-    deltas = [delta for delta in DELTAS if images_needed(delta) <= len(held)]
     counts = [_expected(held, held_corrected, full.both.margins(delta)) for delta in deltas]
     behind = held_corrected > held_corrected.gather(1, held.best.unsqueeze(1))
     truth = measured.truth
@@ -164,6 +165,8 @@ def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor
         race_rows=torch.stack(counts),
         smoothing=plan,
         smoothed=smoothed,
+        smoothed_rows=smoothed_rows,
+        smooth_rows=smooth_rows,
         temperature=None if truth is None else fit_temperature(measured.exact, truth),
         scale_weights=None if truth is None else fit_scale_weights(measured.exact, truth),
     )
@@ -286,6 +289,20 @@ def _expected(measured: Measured, corrected: Tensor, margins: Tensor) -> Tensor:
         scores = sums[..., k].masked_fill(~alive, -torch.inf)
         alive &= scores >= scores.amax(1, keepdim=True) - margins[k]
     return torch.stack(rows)
+
+
+def _expected_smooth(measured: Measured, rules: Rules, delta: float) -> Tensor:
+    """How many rows of perturbed samples smoothing takes, on average."""
+    if rules.smooth is None:
+        raise ValueError("rules: none for smoothing")
+    means, margins = _running_mean(measured), rules.smooth.margins(delta)
+    alive, rows = torch.ones_like(means[..., 0], dtype=torch.bool), torch.zeros(len(means), dtype=torch.float64)
+    for s in range(means.shape[-1]):
+        rows += alive.sum(1) * (s > 0)
+        scores = means[..., s].masked_fill(~alive, -torch.inf)
+        alive &= scores >= scores.amax(1, keepdim=True) - margins[s]
+        alive &= alive.sum(1, keepdim=True) > 1
+    return rows.mean()
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

@@ -1,10 +1,13 @@
-"""The self-check: is this installation sound, and does the bundled model still say what it said when it was made?"""
+"""The self-check: is this installation sound, does a bundled model still say what it said when it was made, and can a
+model's first-order scores be trusted?
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varlik import ops
+from varlik.calibration import Calibration
 from varlik.classifier import VARClassifier, load
-from varlik.evaluation.samples import samples
+from varlik.evaluation import first_order, pictures
+from varlik.evaluation.first_order import FirstOrder, Quality
+from varlik.evaluation.samples import has_samples, is_bundled, samples
 from varlik.models.presets import bundled_folder
 
 TOLERANCE = 2e-4  # nats per token, between machines
+TRUSTED_RECALL = 0.95  # of the best ten estimates: below it, a fixed number of finalists is too risky
 PACKAGES = ("varlik", "torch", "triton", "numpy", "safetensors", "huggingface_hub", "pillow")
 
 
@@ -29,9 +36,23 @@ class Check:
     detail: str
 
 
-def diagnose(model: str = "fashion-mnist") -> tuple[Check, ...]:
-    """Versions, devices, usable paths, and the bundled model's tokens, log-probs and accuracy against its fixture."""
-    return (*environment(), *check_fixture(model))
+def diagnose(
+    model: str = "fashion-mnist",
+    images: Sequence[Path] = (),
+    *,
+    vqvae: str | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Check, ...]:
+    """Versions, devices and usable paths; a bundled model's tokens, log-probs and accuracy against its fixture; and how
+    far its first-order scores can be trusted.
+
+    The last is seen on pictures `images`, by default those bundled with the model. `progress` is told how many have
+    exact scores. Raises as `varlik.load` and for pictures that cannot be read.
+    """
+    fixture = check_fixture(model) if is_bundled(model) else ()
+    classifier = load(model, vqvae=vqvae, device=device)
+    return (*environment(), *fixture, *check_first_order(classifier, _pictures(model, images), progress))
 
 
 def environment() -> tuple[Check, ...]:
@@ -90,6 +111,63 @@ def check_fixture(model: str) -> tuple[Check, ...]:
         Check(f"{model} token log-probs", difference <= TOLERANCE, f"largest difference {difference:.1e} nats"),
         Check(f"{model} accuracy", correct == wanted, f"{correct} of {len(truth)} right, {wanted} expected"),
     )
+
+
+def check_first_order(
+    classifier: VARClassifier, images: Sequence[Path], progress: Callable[[int, int], None] | None = None
+) -> tuple[Check, ...]:
+    """Is there a calibration that fits, how good are first-order scores with and without it, and what do they cost?
+
+    Nothing fails but scores that are no numbers. Raises for pictures that cannot be read.
+    """
+    check, calibration = _calibration(classifier)
+    name = f"{classifier.name} first-order scores"
+    if not images:
+        return check, Check(name, None, "not measured: give some pictures")
+    if classifier.var.config.num_classes < 2:
+        return check, Check(name, None, "not measured: there is but one class")
+    found = pictures.find(images)
+    maps = classifier.tokenize([str(path) for path in found])
+    measured = first_order.measure(classifier, maps, calibration, progress)
+    checks = [Check(f"{name}, {kind.name}", *_finding(kind, measured)) for kind in measured.kinds]
+    cost = f"{measured.passes:.1f} forward passes of one class for estimates of {measured.classes}"
+    return check, *checks, Check(f"{name}, time", None, cost)
+
+
+def _pictures(model: str, images: Sequence[Path]) -> Sequence[Path]:
+    if images or not (is_bundled(model) and has_samples(model)):
+        return images
+    return samples(model).paths
+
+
+def _calibration(classifier: VARClassifier) -> tuple[Check, Calibration | None]:
+    """What there is to say about the calibration beside a model, and the calibration if it fits."""
+    name, file = f"{classifier.name} calibration", classifier.calibration_file
+    if file is None:
+        return Check(name, None, "none; varlik calibrate makes one"), None
+    try:
+        found = Calibration.load(file)
+    except (ValueError, OSError) as error:
+        return Check(name, None, f"not used: {error}"), None
+    differing = found.fingerprint.differences(classifier.fingerprint)
+    if differing:
+        return Check(name, None, f"{file} does not fit, it differs in {'; '.join(differing)}"), None
+    return Check(name, None, f"{file} fits; {len(found.labels)} classes, {found.images} images"), found
+
+
+def _finding(kind: Quality, measured: FirstOrder) -> tuple[bool | None, str]:
+    """Whether scores of a kind are numbers, and how good they are."""
+    if kind.correlation != kind.correlation:
+        return False, "NaN"
+    ranks, hits = ", ".join(map(str, kind.found)), ", ".join(map(str, kind.found.values()))
+    text = (
+        f"correlation {kind.correlation:.3f} with exact scores; "
+        f"exact best among the best {ranks} in {hits} of {measured.images} images"
+    )
+    share = kind.found.get(10, measured.images) / measured.images
+    if share < TRUSTED_RECALL and kind.name != first_order.CORRECTED:
+        text += f"; that is under {100 * TRUSTED_RECALL:g} % for ten: do not trust screening without a calibration"
+    return None, text
 
 
 def write_fixture(classifier: VARClassifier, model: str) -> None:

@@ -131,6 +131,7 @@ def backward(done: Pass, scales: Sequence[int] | None = None) -> Conditions:
         pages[:, 2 * i + 1] = grad_v.view(rows, tokens + 1, -1)[:, 0]
         grad_qkv, _ = ops.qk_norm_backward(grad_q, grad_k, grad_v, saved.qkv, block.q_scale, impl=compute.impl)
         grad_u = _times(weights, grad_qkv, block.qkv[0])
+        del saved, heads  # before the next block's are made
     _, _, found = norm(None, grad_u, done.streams[0], None, None, done.at.vectors[:, 2], done.row_class)
     vectors[:, 2] = found[:, 1]
     vectors[:, 4] = found[:, 2]
