@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("model", choices=DATA_SETS)
     parser.add_argument("--data", type=Path, help="folder with the data set's files")
     parser.add_argument("--cache", type=Path, help="folder for exact scores")
+    parser.add_argument("--images", type=int, help="only the first so many test images")
     parser.add_argument(
         "--slow", type=int, default=1_000, help="images for the ways that take long; twice as many otherwise"
     )
@@ -90,6 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     classifier = varlik.load(options.model, device="cpu")
     data = {split: DATA_SETS[options.model](split, options.data) for split in ("held-out", "test")}
+    data["test"] = data["test"][: options.images]
     maps = {split: tokenize_arrays(classifier, part.images) for split, part in data.items()}
     check_against_reference(classifier, maps["test"][: max(1, 2_000 // classifier.null_class)])
     smoothing = _calibration(classifier).smoothing

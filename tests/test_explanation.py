@@ -329,6 +329,8 @@ def test_contrast_and_mixture_take_no_null_class(tiny):
     found, wanted = explain(without, images), explain(classifier, images)
     torch.testing.assert_close(found.information, wanted.information)
     torch.testing.assert_close(found.contrast, wanted.contrast)
+    with pytest.raises(ValueError, match="unconditional: the null class of custom gives no finite log-probs"):
+        explain(without, images, unconditional="null")
 
 
 @pytest.mark.parametrize("kind", ["mixture", "null"])

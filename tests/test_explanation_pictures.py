@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,9 +160,7 @@ def test_race_is_behind_the_leader_of_all_classes():
 
 def test_races_of_equals_and_even_maps_are_drawn():
     one = made_up()
-    same = Explanation(
-        **{**vars(one), "token_log_prob": torch.full_like(one.token_log_prob, -1.0), "unconditional": one.tokens - 1.0}
-    )
+    same = replace(one, token_log_prob=torch.full_like(one.token_log_prob, -1.0), unconditional=one.tokens - 1.0)
     for way in ("panels", "released", "scales"):
         assert all(np.isfinite(shown).all() for shown in maps_in(figure_of(way, same)))
 
@@ -201,6 +200,10 @@ def test_the_image_that_is_asked_for():
         ({"pixels": torch.zeros(32, 32)}, "pixels: expected (1, S, S) or (3, S, S), got (32, 32)"),
         ({"pixels": torch.zeros(1, 32, 30)}, "pixels: expected (1, S, S) or (3, S, S), got (1, 32, 30)"),
         ({"names": NAMES[:3]}, "names: expected one for each class up to 7, got 3"),
+        (
+            {"explanation": replace(made_up(), unconditional=torch.full((1, 130), torch.nan))},
+            "expected finite log-probs",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -29,7 +29,7 @@ def hostile():
     named = varlik.VARClassifier(classifier.var, classifier.vqvae, names, classifier.preprocessing, name="<i>tiny</i>")
     pictures = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     files = ["<img src=x onerror=\"document.title='broken'\">.png", LONG * 2]
-    return report(named, pictures, names=files, truth=[HOSTILE, None], cascade="50%:11,100%:1")
+    return report(named, pictures, names=files, truth=[HOSTILE, None], cascade="screen:12,25%:12,50%:11,100%:1")
 
 
 def block(text: str) -> dict:
@@ -149,8 +149,9 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 OPACITY = "document.querySelector('canvas').style.opacity"
 CELLS = "document.querySelectorAll('[role=grid]')[0].querySelectorAll('[role=gridcell]').length"
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').innerText"
-TOO_WIDE = """[...document.querySelectorAll('body *')].filter((e) => !e.closest('.scroll, .skip, svg')
-    && e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5).map((e) => e.outerHTML)"""
+TOO_WIDE = """[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, svg')
+    && e.getBoundingClientRect().right > document.querySelector('main').getBoundingClientRect().right + 0.5)
+    .map((e) => e.outerHTML)"""
 CLIPPED = """[...document.querySelectorAll('h1, h2, h3, p, th, td, label, span, figcaption, summary')].filter((e) =>
     getComputedStyle(e).overflowX !== 'visible' && e.scrollWidth > e.clientWidth + 1).map((e) => e.outerHTML)"""
 OVERLAPPING = """[...document.querySelectorAll('article')].flatMap((article) => {

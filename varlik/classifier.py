@@ -15,8 +15,7 @@ from torch import Tensor
 from varlik import images as image_files
 from varlik.audit import Audit, draw
 from varlik.calibration import Calibration, Fingerprint
-from varlik.calibration.conformal import quantile
-from varlik.cascade import SCREENED, VARC, Cascade, Race, Screen, Smooth, Stage
+from varlik.cascade import SCREENED, VARC, Cascade, Screen
 from varlik.class_names import ClassNames
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
@@ -427,21 +426,7 @@ class VARClassifier:
                     stacklevel=3,
                 )
             return Plan(cascade.fixed(len(labels)))
-        if cascade.calibrated:
-            calibration.columns(labels)
-        rules = calibration.rules(cascade.smooths)
-        smoothing = calibration.smoothing
-        noise = None if smoothing is None or rules.smooth is None else smoothing.sigma
-        if noise is not None and (how.sigma, how.aggregate) != (noise, "mean"):
-            raise ValueError(
-                f"sigma, aggregate: smoothing was calibrated for {noise} and 'mean', "
-                f"got {how.sigma} and {how.aggregate!r}"
-            )
-        for stage in cascade.stages:  # what the calibration cannot promise is said before any work
-            if isinstance(stage, Screen | Race | Smooth) and stage.delta is not None:
-                quantile(rules.race.scores, stage.delta)
-        covered = bool(torch.isin(labels, calibration.labels.to(labels.device)).all())
-        return Plan(cascade, calibration if covered else None, rules)
+        return Plan.of(cascade, calibration, labels, how)
 
     def _audit(
         self, plan: Plan, prediction: Prediction, images: TokenMaps, log_prior: Tensor, how: Smoothing, share: float
@@ -467,11 +452,7 @@ class VARClassifier:
         self, plan: Plan, images: TokenMaps, labels: Tensor, log_prior: Tensor, how: Smoothing
     ) -> Tensor:
         """What the cascade's answers are to agree with, (B,)."""
-        smoothing = None if plan.calibration is None else plan.calibration.smoothing
-        right = VARC
-        if plan.rules is not None and plan.rules.smooth is not None and smoothing is not None:
-            right = Cascade((Stage("100%", smoothing.reach), Stage("100%", 1, smoothing.samples)))
-        found = self.classify(images, labels, right, prior=log_prior.exp(), sigma=how.sigma, seed=how.seed)
+        found = self.classify(images, labels, plan.agrees_with, prior=log_prior.exp(), sigma=how.sigma, seed=how.seed)
         return found.classes
 
     def _sample_scores(self, images: TokenMaps, labels: Tensor, scales: int, samples: range, how: Smoothing) -> Tensor:

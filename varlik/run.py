@@ -10,7 +10,8 @@ from torch import Tensor
 
 from varlik.calibration import Calibration
 from varlik.calibration.artefact import Rules
-from varlik.cascade import AnyStage, Cascade, Race, Screen, Smooth, Stage
+from varlik.calibration.conformal import quantile
+from varlik.cascade import VARC, AnyStage, Cascade, Race, Screen, Smooth, Stage
 from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.race import best, best_only, due, within_margin
 from varlik.scoring.candidates import agreeing_scales
@@ -142,6 +143,36 @@ class Plan:
     cascade: Cascade
     calibration: Calibration | None = None
     rules: Rules | None = None
+
+    @classmethod
+    def of(cls, cascade: Cascade, calibration: Calibration, labels: Tensor, how: Smoothing) -> Plan:
+        """The cascade with what it takes of a calibration, for candidate classes `labels` (N,).
+
+        Raises `ValueError` for classes outside the calibration where the cascade needs it, one on too few images for a
+        stage, and other noise than smoothing was calibrated for.
+        """
+        if cascade.calibrated:
+            calibration.columns(labels)
+        rules, smoothing = calibration.rules(cascade.smooths), calibration.smoothing
+        noise = None if smoothing is None or rules.smooth is None else smoothing.sigma
+        if noise is not None and (how.sigma, how.aggregate) != (noise, "mean"):
+            raise ValueError(
+                f"sigma, aggregate: smoothing was calibrated for {noise} and 'mean', "
+                f"got {how.sigma} and {how.aggregate!r}"
+            )
+        for stage in cascade.stages:  # what the calibration cannot promise is said before any work
+            if not isinstance(stage, Stage) and stage.delta is not None:
+                quantile(rules.both.scores, stage.delta)
+        covered = bool(torch.isin(labels, calibration.labels.to(labels.device)).all())
+        return cls(cascade, calibration if covered else None, rules)
+
+    @property
+    def agrees_with(self) -> Cascade:
+        """The cascade whose answers this one is to give, at less cost."""
+        smoothing = None if self.calibration is None else self.calibration.smoothing
+        if self.rules is None or self.rules.smooth is None or smoothing is None:
+            return VARC
+        return Cascade((Stage("100%", smoothing.reach), Stage("100%", 1, smoothing.samples)))
 
     def screen_margin(self, stage: Screen) -> float:
         """How far behind the best estimate a class may lie."""

@@ -106,7 +106,8 @@ def explain(
     map position by position; `sigma` and `seed` as for `VARClassifier.smoothed_log_likelihood`.
 
     Raises `ValueError` for less than two candidates, a target or rival outside them, a rival equal to the target, an
-    unknown `unconditional`, samples below 1, and as `VARClassifier.token_log_prob`.
+    unknown `unconditional`, a null class without finite log-probs where that is asked for, samples below 1, and as
+    `VARClassifier.token_log_prob`.
     """
     if unconditional not in get_args(Unconditional):
         raise ValueError(f"unconditional: expected 'mixture' or 'null', got {unconditional!r}")
@@ -124,6 +125,11 @@ def explain(
     found = _mean_log_prob(classifier, maps, asked, samples, Smoothing(sigma, seed))
     log_prob = found[:, : len(labels)]
     marginal = mixture_log_prob(log_prob) if unconditional == "mixture" else found[:, asked == null][:, 0]
+    if unconditional == "null" and not torch.isfinite(marginal).all():
+        raise ValueError(
+            f"unconditional: the null class of {classifier.name} gives no finite log-probs; "
+            "'mixture' and contrasts do without it"
+        )
     scores = log_prob.double().sum(-1)
     if targets is None:
         targets = labels[scores.argmax(1)]

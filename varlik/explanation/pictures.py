@@ -33,7 +33,7 @@ MARGINAL = {"mixture": "the mean of the classes", "null": "the null class"}
 
 _FOR, _AGAINST = "#D55E00", "#0072B2"
 _AGAINST_TO_FOR = ((0, "#003A63"), (0.2, _AGAINST), (0.5, "#F7F7F7"), (0.8, _FOR), (1, "#7A2E00"))
-_OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_OTHERS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 _MARKERS = "osD^vPX"
 _DPI = 110
 _SHOWN = 256  # pixels a side that heat is drawn with at least
@@ -68,7 +68,8 @@ def panels(
     those of the released code of A-VARC: put together by its rule, negative values cut off, and coloured from the
     smallest to the largest.
 
-    Raises `ValueError` for shapes and an `image` that do not fit, and without matplotlib.
+    Raises `ValueError` for shapes and an `image` that do not fit, for log-probs that are not finite, and without
+    matplotlib.
     """
     one = _checked(explanation, pixels, names, image)
     from matplotlib.figure import Figure
@@ -268,7 +269,7 @@ def _title(label: Tensor, names: Sequence[str]) -> str:
     """A class's name, in quotes and not too long; a dollar is no mathematics."""
     name = " ".join(ClassNames(names, "").name(int(label)).split())
     if _width(name) > _NAME:
-        name = name.split(",")[0]  # ImageNet's names are lists of synonyms
+        name = name.split(",")[0][:100]  # ImageNet's names are lists of synonyms
         while _width(name) > _NAME:
             name = name[:-1].rstrip()
         name += "…"
@@ -292,7 +293,10 @@ def _checked(explanation: Explanation, pixels: Tensor, names: Sequence[str], ima
     most = int(explanation.labels.max())
     if len(names) < most:  # the null class comes after the last name
         raise ValueError(f"names: expected one for each class up to {most}, got {len(names)}")
-    return explanation[image : image + 1]
+    one = explanation[image : image + 1]
+    if not (one.token_log_prob.isfinite().all() and one.unconditional.isfinite().all()):
+        raise ValueError("explanation: expected finite log-probs, got NaN or infinity")
+    return one
 
 
 def _need_matplotlib() -> None:

@@ -39,7 +39,7 @@ function raceFigure(image) {
   const holder = make("div", { class: "chart" });
   const rows = image.classes.map((label, c) => row(named(label), ...image.race[c].map((x) => plain(x, 2))));
   const numbers = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Running log-likelihoods" },
-    make("table", {}, heads("class", ...sides.map((_, k) => `scale ${k + 1}`)), make("tbody", {}, ...rows)));
+    make("table", {}, heads("class", ...sides.map((_, k) => (k ? `${k + 1}` : "scale 1"))), make("tbody", {}, ...rows)));
   new ResizeObserver(() => holder.replaceChildren(raceChart(image, behind, holder))).observe(holder);
   return make("figure", { class: "race" }, make("h3", {}, "Race over the scales"), holder,
     make("figcaption", {}, "Running log-likelihood, in nats behind the class that leads at each scale."),
@@ -87,7 +87,7 @@ function stagesTable(image) {
   const share = (100 * image.flops) / data.cost.full_flops;
   const answer = image.answer === image.best ? [] : [" Its answer, ", named(image.answer), ", is not the most likely class."];
   return make("section", { class: "stages" },
-    make("table", {}, make("caption", {}, `Cascade ${data.cascade}`), make("thead", {}, heading),
+    make("table", {}, make("caption", {}, `Cascade ${data.cascade.replaceAll(",", ", ")}`), make("thead", {}, heading),
       ...groups, make("tfoot", {}, all)),
     make("p", { class: "soft" }, `${share.toPrecision(2)} % of the FLOPs of one pass per class, and ` +
       `${flops(data.cost.encode_flops)} to encode the image. *For all images of this page; in all with encoding.`, ...answer));
