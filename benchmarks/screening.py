@@ -17,7 +17,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Row:
     low: float
     high: float
     promised: float
+    commit: str | None = None
 
 
 def main() -> None:
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--slow", type=int, default=1_000, help="images for the ways that take long; twice as many otherwise"
     )
+    parser.add_argument("--only", nargs="+", help="groups of ways to measure again; the rest stays as it was measured")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the three files")
     options = parser.parse_args()
     classifier = varlik.load(options.model, device="cpu")
@@ -103,10 +105,16 @@ def main() -> None:
         )
         for split, images in maps.items()
     }  # fmt: skip
-    rows = accuracies(classifier, maps["test"], tables["test"], options.slow)
+    path = options.out / f"screening-{options.model}"
+    here = machine(classifier.device)
+    rows = accuracies(classifier, maps["test"], tables["test"], options.slow, options.only)
+    rows = [replace(row, commit=here.commit) for row in rows]
+    if options.only:
+        before = [Row(**row) for row in json.loads(path.with_suffix(".json").read_text())["ways"]]
+        rows = [row for row in before if row.group not in options.only] + rows
     report = {
         "model": options.model,
-        "machine": asdict(machine(classifier.device)),
+        "machine": asdict(here),
         "ways": [asdict(row) for row in rows],
         "estimates": estimates(classifier, maps["test"], tables["test"]),
         "guarantee": guarantee(classifier, list(tables.values())),
@@ -114,7 +122,6 @@ def main() -> None:
         "failures": failures(classifier, tables["test"]),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"screening-{options.model}"
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     text = as_markdown(report, rows)
     path.with_suffix(".md").write_text(text)
@@ -122,17 +129,23 @@ def main() -> None:
     print(text)
 
 
-def accuracies(classifier: varlik.VARClassifier, images: TokenMaps, table: Measured, slow: int) -> list[Row]:
-    """All ways on the test images, but for FAST on a random part of them: a smaller one for what takes long."""
+def accuracies(
+    classifier: varlik.VARClassifier, images: TokenMaps, table: Measured, slow: int, only: Sequence[str] | None
+) -> list[Row]:
+    """All ways, or those of groups `only`, on the test images; but for FAST on a random part, smaller for slow ones."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     few, more = order[:slow].tolist(), order[: 2 * slow].tolist()
-    rows = [_row(classifier, "full", "100%:1", table, table.best, _all_tokens(classifier), range(len(images)))]
+    rows = []
+    if not only or "full" in only:
+        rows.append(_row(classifier, "full", "100%:1", table, table.best, _all_tokens(classifier), range(len(images))))
     plans = [(SLOW, few, True), (QUICK, more, True), (BEST, range(len(images)), True), (UNCALIBRATED, more, False)]
     calibration = classifier.calibration
     for groups, chosen, calibrated in plans:
         classifier.calibration = calibration if calibrated else None
         maps = images if len(chosen) == len(images) else _pick(images, chosen)
         for group, texts in groups.items():
+            if only and group not in only:
+                continue
             for text in texts:
                 cascade = Cascade.parse(text) if calibrated else Cascade.parse(text).fixed(classifier.null_class)
                 classes, tokens = classify(classifier, maps, cascade)
@@ -292,7 +305,8 @@ def as_markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
     lines = [
         f"# Screening and race on {report['model']}",
         "",
-        f"`python -m benchmarks.screening {report['model']}`, test images, commit {report['machine']['commit']}",
+        f"`python -m benchmarks.screening {report['model']}`, test images; commits: "
+        + ", ".join(sorted({str(row.commit) for row in rows})),
         "",
         "| way | cascade | images | tokens per image | of full | top-1 | agreement (95 % interval) | promised |",
         "|---|---|---|---|---|---|---|---|",

@@ -451,7 +451,6 @@ def test_expected_numbers_lie_between_those_measured(calibration):
     known = replace(
         calibration,
         deltas=torch.tensor([0.01, 0.02, 0.1], dtype=torch.float64),
-        finalists=torch.tensor([8.0, 6.0, 2.0]),
         race_rows=torch.tensor([[8.0, 4.0], [6.0, 2.0], [2.0, 1.0]]),
         smoothed_rows=torch.tensor([[9.0, 5.0], [7.0, 3.0], [3.0, 2.0]]),
         smooth_rows=torch.tensor([3.0, 2.0, 0.0]),
@@ -542,7 +541,6 @@ def test_calibration_by_hand(classifier, images, calibration):
             margin = rules.both.margins(delta)[0]
             passed = (corrected >= corrected.amax(1, keepdim=True) - margin).sum(1).double().mean()
             assert rows[i, 0] == passed
-        assert calibration.finalists[i] == calibration.race_rows[i, 0]
         margins = calibration.smoothed.smooth.margins(delta).tolist()
         count = 0
         for image in held.samples:  # (M, S): who is still in reach of the best after each sample

@@ -88,7 +88,6 @@ def calibration_of(classifier, screen=HUGE, race=HUGE, smooth=None, **changes):
         recall=torch.ones(10, dtype=torch.float64),
         correlation=1.0,
         deltas=torch.tensor([0.001, 0.5], dtype=torch.float64),
-        finalists=torch.tensor([4.0, 2.0], dtype=torch.float64),
         race_rows=torch.tensor([[4.0, 3, 2, 2], [2.0, 1, 1, 1]], dtype=torch.float64),
         smoothing=plan,
         smoothed=smoothed,
@@ -269,14 +268,14 @@ def test_what_a_cascade_promises(text, delta, shares, smooths):
 @pytest.mark.parametrize(
     ("text", "classes", "fixed"),
     [
-        ("screen:0.5%,race:0.5%,smooth:0.5%", 100, "screen:10,60%:5,100%:1"),
-        ("screen:0.5%,race:0.5%", 1000, "screen:20,60%:5,100%:1"),
-        ("race:1%", 100, "60%:10,100%:1"),
+        ("screen:0.5%,race:0.5%,smooth:0.5%", 100, "screen:6,100%:1"),
+        ("screen:0.5%,race:0.5%", 1000, "screen:9,100%:1"),
+        ("race:1%", 100, "100%:1"),
         ("6:9,race:1%", 100, "6:9,100%:1"),
         ("6:1,race:1%", 100, "6:1,100%:1"),
         ("smooth:1%", 100, "100%:1"),
-        ("screen:1%,100%:1", 100, "screen:10,100%:1"),
-        ("screen:3,race:1%", 100, "screen:3,60%:3,100%:1"),
+        ("screen:1%,100%:1", 100, "screen:6,100%:1"),
+        ("screen:3,race:1%", 100, "screen:3,100%:1"),
         ("screen:1%,3:20,6:1", 100, "screen:20,3:20,6:1"),
         ("6:3,smooth:1%", 100, "6:3,100%:1"),
         ("screen:4,smooth:1%", 100, "screen:4,100%:1"),
@@ -327,7 +326,7 @@ def test_a_race_stops_where_the_next_scale_costs_more():
 
 
 def test_without_a_calibration_it_says_so_once_and_takes_fixed_counts(classifier, images):
-    message = "tiny has no calibration for screen:0.5%,race:0.5%,smooth:0.5%: running screen:10,60%:5,100%:1 instead"
+    message = "tiny has no calibration for screen:0.5%,race:0.5%,smooth:0.5%: running screen:6,100%:1 instead"
     with pytest.warns(UserWarning, match="has no calibration") as told:
         found = classifier.classify(images, cascade=FAST)
     assert [str(w.message) for w in told] == [f"{message}; make one with varlik calibrate"]
@@ -336,7 +335,7 @@ def test_without_a_calibration_it_says_so_once_and_takes_fixed_counts(classifier
         warnings.simplefilter("error")
         answers_agree(classifier.classify(images, cascade="screen:0.5%,race:0.5%"), found)
         answers_agree(classifier.classify(images, cascade=FAST.fixed(12)), found)
-        answers_agree(classifier.classify(images, cascade="screen:10,60%:5,100%:1"), found)
+        answers_agree(classifier.classify(images, cascade="screen:6,100%:1"), found)
     assert [stage.stage for stage in found.stages] == list(FAST.fixed(12).stages)
 
 
@@ -845,7 +844,7 @@ def test_a_calibration_of_another_model(classifier, images, tmp_path):
     with pytest.warns(UserWarning, match="not used|has no calibration") as told:
         found = loaded.classify(images, cascade="screen:1%,race:1%")
     assert str(told[0].message).startswith(f"{beside}: not used, it differs in transformer (calibrated: ")
-    assert "running screen:10,60%:5,100%:1 instead" in str(told[1].message)
+    assert "running screen:6,100%:1 instead" in str(told[1].message)
     assert len(told) == 2
     assert [stage.stage for stage in found.stages] == list(FAST.fixed(12).stages)
     assert loaded.calibration is None

@@ -163,8 +163,9 @@ class VARClassifier:
     def calibration(self) -> Calibration | None:
         """What `varlik.calibrate` measured, or what lies beside the model and fits; None without. See `FAST`."""
         if self._calibration is None and self.calibration_file is not None:
-            file, self.calibration_file = self.calibration_file, None
+            file = self.calibration_file
             found = Calibration.load(file)
+            self.calibration_file = None
             differing = found.fingerprint.differences(self.fingerprint)
             if differing:
                 warnings.warn(f"{file}: not used, it differs in {'; '.join(differing)}", stacklevel=2)

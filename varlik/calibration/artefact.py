@@ -83,8 +83,8 @@ class Calibration:
       k-th entry; `scale_weights` (K,): or when those of each scale are multiplied by these. None without labels.
     - `recall` (10,): how often the right class was among the best 1 to 10 corrected scores. `correlation`: of corrected
       and exact scores over the classes of an image, on average.
-    - `deltas` (D,), `finalists` (D,), `race_rows` (D, K): for some delta, how many classes pass screening on average,
-      and how many go through each scale of a race that shares this delta with a screen before it. `smoothed_rows`
+    - `deltas` (D,), `race_rows` (D, K): for some delta, how many classes on average go through each scale of a race
+      that shares this delta with a screen before it; through scale 1, all that pass screening. `smoothed_rows`
       (D, K), `smooth_rows` (D,): the same in a cascade that ends in smoothing, and how many (perturbed sample, class)
       rows that takes on top. None where that was not calibrated.
     """
@@ -99,7 +99,6 @@ class Calibration:
     recall: Tensor
     correlation: float
     deltas: Tensor
-    finalists: Tensor
     race_rows: Tensor
     smoothing: SmoothingPlan | None = None
     smoothed: Rules | None = None
@@ -151,10 +150,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all. Raises `OSError`."""
-        tensors = {
-            name: getattr(self, name)
-            for name in ("labels", "at", "offset", "recall", "deltas", "finalists", "race_rows")
-        }
+        tensors = {name: getattr(self, name) for name in ("labels", "at", "offset", "recall", "deltas", "race_rows")}
         for name in ("temperature", "scale_weights", "smoothed_rows", "smooth_rows"):
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)

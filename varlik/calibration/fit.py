@@ -97,6 +97,8 @@ def calibrate(
     """
     labels = classifier.labels(classes)
     tokens = classifier.tokenize(images)
+    if samples < 1:
+        raise ValueError(f"samples: expected 1 or more, got {samples}")
     if len(tokens) < MIN_IMAGES:
         raise ValueError(f"images: expected at least {MIN_IMAGES} to calibrate on, got {len(tokens)}")
     columns = None if truth is None else _columns(torch.as_tensor(truth), labels, len(tokens))
@@ -161,7 +163,6 @@ def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor
         recall=torch.stack([(behind.sum(1) < k).double().mean() for k in range(1, 11)]),
         correlation=correlation(held_corrected, held.exact.sum(-1)),
         deltas=torch.tensor(deltas, dtype=torch.float64),
-        finalists=torch.stack([rows[0] for rows in counts]),
         race_rows=torch.stack(counts),
         smoothing=plan,
         smoothed=smoothed,

@@ -149,7 +149,8 @@ def activation_bytes(weights: PackedWeights, tokens: int, checkpointed: bool) ->
     # In units of C: the streams in float32; branches, projection, queries, keys, values and hidden in `dtype`.
     block = 2 * 4 + (2 + 3 + 3 + 4) * itemsize
     kept = config.depth * 4 + block if checkpointed else config.depth * block
-    at_work = 2 * 4 + (4 + 4 + 3) * itemsize  # gradients of stream and branches, of hidden, before and after GELU
+    # Gradients of stream and branches, of hidden before and after GELU; heads side by side for attention's products.
+    at_work = (2 + 12) * 4 + (4 + 4 + 3) * itemsize
     largest = max(b - a for a, b in pairwise(config.boundaries))
     weights_of_heads = 4 * 4 * config.num_heads * min(largest, tokens) * (tokens + 1)
     return tokens * config.embed_dim * (kept + at_work) + weights_of_heads
