@@ -36,7 +36,7 @@ from varlik.cascade import AVARC_PLUS, FAST, Cascade
 from varlik.datasets import DATA_SETS
 from varlik.evaluation.accuracy import tokenize_arrays
 from varlik.evaluation.machine import machine
-from varlik.race import best_only, due, within_margin
+from varlik.race import on_table
 from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.smoothing import Smoothing
 from varlik.tokens import TokenMaps
@@ -223,20 +223,12 @@ def simulate(
     classifier: varlik.VARClassifier, table: Measured, calibration: varlik.Calibration, delta: float
 ) -> tuple[Tensor, float]:
     """Answers (n,) of screen and race that share `delta`, and tokens per image, from exact scores."""
-    boundaries = classifier.var.config.boundaries
-    margins = calibration.full.both.margins(delta)
+    config = classifier.var.config
     corrected = calibration.slope * table.first_order + calibration.offset
-    alive = within_margin(corrected, torch.ones_like(corrected, dtype=torch.bool), margins[0])
-    sums, tokens = table.exact.cumsum(-1), torch.zeros(len(table), dtype=torch.int64)
-    for scale in range(2, len(boundaries)):
-        tokens += alive.sum(1) * (boundaries[scale] - boundaries[scale - 1])
-        stopping = due(alive, boundaries, scale).unsqueeze(1)
-        if scale == len(boundaries) - 1:
-            alive = best_only(sums[..., -1], alive)
-        else:
-            alive = torch.where(stopping, within_margin(sums[..., scale - 1], alive, margins[scale]), alive)
-    screened = (boundaries[-1] - 1) * (1 + backward_cost(classifier))
-    return alive.int().argmax(1), screened + tokens.double().mean().item()
+    rows, answers = on_table(corrected, table.exact, calibration.full.both.margins(delta), config.boundaries)
+    sizes_of = torch.tensor([0, *(p * p for p in config.patch_nums[1:])])
+    screened = (config.num_tokens - 1) * (1 + backward_cost(classifier))
+    return answers, screened + (rows * sizes_of).sum(1).double().mean().item()
 
 
 def sizes(classifier: varlik.VARClassifier, held_out: Measured, test: Measured) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +55,8 @@ def main() -> None:
     data = glyphs_100("test", options.data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     images = tokenize_arrays(classifier, data.images[order[: options.images].numpy()])
+    members = order[torch.from_numpy(data.labels)[order] % (classifier.null_class // FEW) == 0]
+    of_few = tokenize_arrays(classifier, data.images[members[: options.images].numpy()])
     check_against_reference(classifier, images[:20])
     report = {
         "machine": asdict(machine(classifier.device)),
@@ -62,7 +65,7 @@ def main() -> None:
         "first_order": {
             str(count): first_order(classifier, images[:count], options.repeats) for count in (1, options.images)
         },
-        "classes": by_classes(classifier, images, options.repeats),
+        "classes": by_classes(classifier, of_few, options.repeats),
         "predicted": predicted(),
     }
     RESULTS.mkdir(exist_ok=True)
@@ -76,23 +79,34 @@ def cascades(classifier: varlik.VARClassifier, images: TokenMaps, released: int,
     some = images[:released]
     bench = ways.Bench(classifier, some, labels, labels, AVARC_PLUS)
     one = images[:1]
+    both = "screen:0.5%,race:0.5%"
     work: dict[str, tuple[int, Callable[[], Any]]] = {
         FULL: (len(images), lambda: classifier.classify(images, cascade=VARC)),
         "A-VARC+, engine": (len(images), lambda: classifier.classify(images, cascade=AVARC_PLUS)),
+        "screen and race": (len(images), lambda: classifier.classify(images, cascade=both)),
         "FAST": (len(images), lambda: classifier.classify(images, cascade=FAST)),
         "released cascade, its way": (len(some), lambda: ways.naive(bench)),
         "full likelihood, engine, one image": (1, lambda: classifier.classify(one, cascade=VARC)),
+        "screen and race, one image": (1, lambda: classifier.classify(one, cascade=both)),
         "FAST, one image": (1, lambda: classifier.classify(one, cascade=FAST)),
     }
     seconds = take_turns({name: run for name, (_, run) in work.items()}, repeats)
     found = {name: median(seconds[name]) / count for name, (count, _) in work.items()}
     ratios = {
+        "full over screen and race": found[FULL] / found["screen and race"],
+        "released over screen and race": found["released cascade, its way"] / found["screen and race"],
+        "full over screen and race, one image": found["full likelihood, engine, one image"]
+        / found["screen and race, one image"],
         "full over FAST": found[FULL] / found["FAST"],
         "released over FAST": found["released cascade, its way"] / found["FAST"],
         "full over FAST, one image": found["full likelihood, engine, one image"] / found["FAST, one image"],
     }
-    full, fast = (classifier.classify(images, cascade=cascade).classes for cascade in (VARC, FAST))
-    return {"seconds_per_image": found, "ratios": ratios, "same_answers": (full == fast).double().mean().item()}
+    full = classifier.classify(images, cascade=VARC).classes
+    same = {
+        name: (classifier.classify(images, cascade=cascade).classes == full).double().mean().item()
+        for name, cascade in {"screen and race": both, "FAST": FAST, "A-VARC+": AVARC_PLUS}.items()
+    }
+    return {"seconds_per_image": found, "ratios": ratios, "same_answers_as_full": same}
 
 
 def first_order(classifier: varlik.VARClassifier, images: TokenMaps, repeats: int) -> dict[str, float]:
@@ -111,20 +125,19 @@ def first_order(classifier: varlik.VARClassifier, images: TokenMaps, repeats: in
 
 
 def by_classes(classifier: varlik.VARClassifier, images: TokenMaps, repeats: int) -> dict[str, float]:
-    """FAST among all classes beside FAST among every tenth of them, on images of the latter's kind or not."""
+    """All classes beside every tenth of them, on images of those."""
     few = classifier.labels(range(0, classifier.null_class, classifier.null_class // FEW))
-    work = {
-        "all": lambda: classifier.classify(images, cascade=FAST),
-        "few": lambda: classifier.classify(images, few, FAST),
-    }
-    seconds = {name: median(found) for name, found in take_turns(work, repeats).items()}
-    flops_of = {name: run().cost.flops.double().mean().item() for name, run in work.items()}
-    return {
-        "classes": classifier.null_class,
-        "few": len(few),
-        "time ratio": seconds["all"] / seconds["few"],
-        "FLOP ratio": flops_of["all"] / flops_of["few"],
-    }
+    found: dict[str, float] = {"classes": classifier.null_class, "few": len(few), "images": len(images)}
+    for name, cascade in {"screen and race": "screen:0.5%,race:0.5%", "FAST": str(FAST)}.items():
+        work = {
+            "all": partial(classifier.classify, images, cascade=cascade),
+            "few": partial(classifier.classify, images, few, cascade),
+        }
+        seconds = {kind: median(times) for kind, times in take_turns(work, repeats).items()}
+        flops_of = {kind: run().cost.flops.double().mean().item() for kind, run in work.items()}
+        found[f"{name}: time ratio"] = seconds["all"] / seconds["few"]
+        found[f"{name}: FLOP ratio"] = flops_of["all"] / flops_of["few"]
+    return found
 
 
 def predicted() -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from varlik.calibration.conformal import share_bounds
 
@@ -15,12 +15,13 @@ class Audit:
 
     `images` were scored in full, and `disagreements` of them have another answer then; the true share of such images
     lies between `low` and `high` with a confidence of 95 %. `delta` is what the calibration promised, None where it
-    promised nothing.
+    promised nothing. `keys` of the images: one that comes again is not counted again.
     """
 
     images: int
     disagreements: int
     delta: float | None
+    keys: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
     def low(self) -> float:
@@ -34,11 +35,19 @@ class Audit:
 
     @property
     def exceeded(self) -> bool:
-        """Whether the promise is surely not kept, so that these images are not like those of the calibration."""
-        return self.delta is not None and self.low > self.delta
+        """Whether the promise is very likely not kept, so that these images are not like those of the calibration.
+
+        At 99.9 %, for it is asked again and again while images come in.
+        """
+        return self.delta is not None and share_bounds(self.disagreements, self.images, 0.998)[0] > self.delta
 
     def __add__(self, other: Audit) -> Audit:
-        return Audit(self.images + other.images, self.disagreements + other.disagreements, other.delta)
+        return Audit(
+            self.images + other.images,
+            self.disagreements + other.disagreements,
+            other.delta,
+            self.keys | other.keys,
+        )
 
 
 def draw(keys: Sequence[int], share: float, seed: int) -> list[int]:

@@ -176,15 +176,23 @@ class VARClassifier:
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
         """Use another one, or none. Raises `ValueError` for one of another model, naming the differing fields."""
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration: expected a Calibration (see Calibration.load), got {calibration!r}")
         if calibration is not None:
             calibration.check(self.fingerprint)
         self._calibration, self.calibration_file = calibration, None
+        self._audits.clear()
 
     def to(self, device: str | torch.device) -> VARClassifier:
         """Move the model and return it."""
         self.var.to(device)
         self.vqvae.to(device)
         self._engine = None
+        if self._calibration is not None:  # another device may mean another precision
+            differing = self._calibration.fingerprint.differences(self.fingerprint)
+            if differing:
+                warnings.warn(f"calibration: not used on {device}, it differs in {'; '.join(differing)}", stacklevel=2)
+                self.calibration = None
         return self
 
     def warmup(self, rows: int = 1, autotune: bool = False) -> None:
@@ -340,9 +348,11 @@ class VARClassifier:
         else 0.1), `seed` and `aggregate` concern stages with more than one sample.
 
         Stages with a percentage take this classifier's `calibration`. Without one they fall back to fixed counts
-        (`Cascade.fixed`), with a warning. A share `audit` of the images, at random, is scored in full as well:
-        `prediction.audit` says how many answers differed, over all calls with this cascade, and there is a warning when
-        those are surely more than the calibration promised.
+        (`Cascade.fixed`), with a warning. What a calibration promises holds for all classes that it is for, a uniform
+        prior, and images like its own, on average over calibrations of that size. A share `audit` of the images, at
+        random, is scored in full as well: `prediction.audit` says how many answers differed, over all calls with this
+        cascade and these classes, and there is a warning when those are very likely more than was promised. That work
+        is not part of `prediction.cost`.
 
         Raises `ValueError` for a cascade that widens or asks for more scales than there are, for classes that were not
         calibrated, a calibration on too few images, another `sigma` or `aggregate` than smoothing was calibrated for,
@@ -350,6 +360,8 @@ class VARClassifier:
         """
         started = time.perf_counter()
         cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
+        if isinstance(audit, bool) or not isinstance(audit, int | float):
+            raise TypeError(f"audit: expected a share from 0 to 1, got {audit!r}")
         if not 0 <= audit <= 1:
             raise ValueError(f"audit: expected a share from 0 to 1, got {audit}")
         stage_scales = cascade.scales_of(self.var.config.num_scales)
@@ -433,12 +445,14 @@ class VARClassifier:
         self, plan: Plan, prediction: Prediction, images: TokenMaps, log_prior: Tensor, how: Smoothing, share: float
     ) -> Audit | None:
         """Score a random share of the images in full; None where there is nothing to audit so far."""
-        name = str(plan.cascade)
-        chosen = draw(images.keys, share, how.seed)
+        name = f"{plan.cascade} {prediction.labels.tolist()}"
+        known = self._audits[name].keys if name in self._audits else frozenset()
+        chosen = [i for i in draw(images.keys, share, how.seed) if images.keys[i] not in known]
         if chosen:
             picked = TokenMaps.concatenate([images[i : i + 1] for i in chosen])
             right = self._right_answers(plan, picked, prediction.labels, log_prior, how)
-            found = Audit(len(chosen), int((prediction.classes[chosen] != right).sum()), plan.delta)
+            keys = frozenset(images.keys[i] for i in chosen)
+            found = Audit(len(chosen), int((prediction.classes[chosen] != right).sum()), plan.delta, keys)
             self._audits[name] = self._audits[name] + found if name in self._audits else found
         audit = self._audits.get(name) if share else None
         if audit is not None and audit.delta is not None and chosen and audit.exceeded:

@@ -221,8 +221,9 @@ def engine(
 ) -> CascadeFlops:
     """Cost per image of the same cascade without what is computed twice; the `class_table` comes once on top.
 
-    Screening, race and smoothing take as many rows as they did on average on the images of `calibration`; without one
-    the fixed counts of `Cascade.fixed` are taken. Raises as `released`, but for its stages.
+    Screening, a race that shares its delta, and smoothing take as many rows as they did on average on the images of
+    `calibration`; any other race counts as if it dropped nobody. Without a calibration the fixed counts of
+    `Cascade.fixed` are taken. Raises as `released`, but for its stages.
     """
     cascade = cascade.fixed(classes) if calibration is None else cascade
     smooths = calibration is not None and calibration.smooths(cascade.smooths)
@@ -239,16 +240,22 @@ def engine(
                 finalists = calibration.expected_finalists(delta, smooths)
             alive = min(alive, finalists)
         elif isinstance(stage, Race) and calibration is not None:
-            rows = calibration.expected_race_rows(stage.delta, smooths)
+            rows = (alive,) * scales
+            if cascade.shares_delta:
+                rows = calibration.expected_race_rows(stage.delta, smooths)
             start = max(1, reached[0])
             work = _word_embed(var, start, scales, convention)
             for k in range(start, scales):
                 work += min(alive, rows[k]) * _tokens(var, k, k + 1, convention)
             steps.append(Step(str(stage), round(alive), work))
             reached[0], alive = scales, 1
-        elif isinstance(stage, Smooth) and calibration is not None and smooths:
-            count = calibration.expected_smooth_rows(stage.delta)
-            steps.append(Step(str(stage), round(count), count * _tokens(var, 1, scales, convention)))
+        elif isinstance(stage, Smooth) and calibration is not None:
+            count = calibration.expected_smooth_rows(stage.delta) if smooths else 0.0
+            work = count * _tokens(var, 1, scales, convention)
+            if reached[0] < scales:  # the clean image comes first
+                work += alive * _tokens(var, max(1, reached[0]), scales, convention)
+                count += alive
+            steps.append(Step(str(stage), round(count), work))
         elif isinstance(stage, Stage):
             work, count = _fixed_stage(stage, scales, alive, reached, var, vqvae, convention)
             steps.append(Step(str(replace(stage, scales=scales)), count, work))

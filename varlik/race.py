@@ -48,3 +48,19 @@ def best(scores: Tensor, keep: int) -> Tensor:
     order = torch.argsort(scores.nan_to_num(-torch.inf), dim=1, descending=True, stable=True)
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :keep], True)
     return kept & ~scores.isnan()
+
+
+def on_table(estimates: Tensor, exact: Tensor, margins: Tensor, boundaries: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What screen and race do, from exact scores in place of an engine: rows by scale (n, K), and who wins (n,).
+
+    `estimates` (n, N), `exact` (n, N, K) log-likelihoods of each scale, `margins` (1 + K) of the screen and after each
+    scale, `boundaries` (K + 1) token offsets of the scales.
+    """
+    alive = within_margin(estimates, torch.ones_like(estimates, dtype=torch.bool), margins[0])
+    sums, rows = exact.cumsum(-1), []
+    for scale in range(1, len(boundaries)):
+        rows.append(alive.sum(1))
+        if 1 < scale < len(boundaries) - 1:
+            kept = within_margin(sums[..., scale - 1], alive, margins[scale])
+            alive = torch.where(due(alive, boundaries, scale).unsqueeze(1), kept, alive)
+    return torch.stack(rows, dim=1), best_only(sums[..., -1], alive).int().argmax(1)

@@ -138,11 +138,15 @@ class SampleScores:
 
 @dataclass(frozen=True)
 class Plan:
-    """A cascade, ready for one model: `rules` of its calibrated stages, None without any; `calibration` likewise."""
+    """A cascade, ready for one model: `rules` of its calibrated stages, None without any; `calibration` likewise.
+
+    `whole`: whether the candidates are all classes that were calibrated.
+    """
 
     cascade: Cascade
     calibration: Calibration | None = None
     rules: Rules | None = None
+    whole: bool = True
 
     @classmethod
     def of(cls, cascade: Cascade, calibration: Calibration, labels: Tensor, how: Smoothing) -> Plan:
@@ -164,7 +168,7 @@ class Plan:
             if not isinstance(stage, Stage) and stage.delta is not None:
                 quantile(rules.both.scores, stage.delta)
         covered = bool(torch.isin(labels, calibration.labels.to(labels.device)).all())
-        return cls(cascade, calibration if covered else None, rules)
+        return cls(cascade, calibration if covered else None, rules, whole=len(labels) == len(calibration.labels))
 
     @property
     def agrees_with(self) -> Cascade:
@@ -191,8 +195,17 @@ class Plan:
 
     @property
     def delta(self) -> float | None:
-        """What is promised: the probability that a stage that runs loses the right class; None without a promise."""
-        if not self.cascade.calibrated or self.rules is None:
+        """What is promised: the probability that a stage that runs loses the right class; None without a promise.
+
+        There is none where a stage with a fixed count may drop the right class, and for a part of the calibrated
+        classes: the best of a few is another kind of best than the best of all.
+        """
+        if not self.cascade.calibrated or self.rules is None or self.calibration is None or not self.whole:
+            return None
+        count = len(self.calibration.fingerprint.patch_nums)
+        full = (stage.scales_of(count) == count for stage in self.cascade.stages if isinstance(stage, Stage))
+        first = self.cascade.stages[0]
+        if not all(full) or (isinstance(first, Screen) and first.delta is None):
             return None
         last = self.cascade.stages[-1]
         unused = last.delta if isinstance(last, Smooth) and self.rules.smooth is None else 0.0

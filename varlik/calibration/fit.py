@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from varlik.calibration.conformal import MIN_IMAGES, Rule, fit_images, images_ne
 from varlik.calibration.posterior import fit_scale_weights, fit_temperature
 from varlik.models.config import Preprocessing
 from varlik.models.vqvae import VQVAE
+from varlik.race import on_table
 from varlik.scoring.engine import Engine
 from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.scoring.score_table import score_table
@@ -101,7 +103,7 @@ def calibrate(
         raise ValueError(f"samples: expected 1 or more, got {samples}")
     if len(tokens) < MIN_IMAGES:
         raise ValueError(f"images: expected at least {MIN_IMAGES} to calibrate on, got {len(tokens)}")
-    columns = None if truth is None else _columns(torch.as_tensor(truth), labels, len(tokens))
+    columns = None if truth is None else _columns(truth, labels, len(tokens))
     how = Smoothing(sigma, seed)
     folder = None if cache is None else Path(cache)
     measured = measure(classifier, tokens, labels, labels, samples, how, columns, folder, progress)
@@ -140,16 +142,18 @@ def fit(measured: Measured, fingerprint: Fingerprint, labels: Tensor, at: Tensor
     part, held = measured[order[:first]], measured[order[first:]]
     slope, offset = fit_correction(part.first_order, part.exact.sum(-1))
     corrected, held_corrected = (slope * m.first_order + offset for m in (part, held))
-    full = _rules(part, held, corrected, held_corrected, part.best, held.best)
+    full = _rules(part, held, corrected, held_corrected, part.best, held.best, fingerprint.patch_nums)
     smoothed, plan, smoothed_rows, smooth_rows = None, None, None, None
     deltas = [delta for delta in DELTAS if images_needed(delta) <= len(held)]
     if part.samples is not None and held.samples is not None and measured.samples is not None:
-        smoothed = _rules(part, held, corrected, held_corrected, winner(part), winner(held), smooth=True)
-        rows = [_expected(held, held_corrected, smoothed.both.margins(delta)) for delta in deltas]
+        patch_nums = fingerprint.patch_nums
+        winners = winner(part), winner(held)
+        smoothed = _rules(part, held, corrected, held_corrected, *winners, patch_nums, smooth=True)
+        rows = [_expected(held, held_corrected, smoothed.both.margins(delta), patch_nums) for delta in deltas]
         smoothed_rows = torch.stack(rows)
         smooth_rows = torch.stack([_expected_smooth(held, smoothed, delta) for delta in deltas])
         plan = SmoothingPlan(measured.samples.shape[-1], how.sigma, measured.samples.shape[1], *_gain(measured))
-    counts = [_expected(held, held_corrected, full.both.margins(delta)) for delta in deltas]
+    counts = [_expected(held, held_corrected, full.both.margins(delta), fingerprint.patch_nums) for delta in deltas]
     behind = held_corrected > held_corrected.gather(1, held.best.unsqueeze(1))
     truth = measured.truth
     return Calibration(
@@ -219,13 +223,14 @@ def _rules(
     held_corrected: Tensor,
     right: Tensor,
     held_right: Tensor,
+    patch_nums: tuple[int, ...],
     smooth: bool = False,
 ) -> Rules:
     """Rules for right answers: units from those of one part of the images, quantiles from those of the others."""
     screened = gaps(held_corrected.unsqueeze(-1), held_right), gaps(corrected.unsqueeze(-1), right)
     raced = gaps(held.exact.cumsum(-1), held_right), gaps(part.exact.cumsum(-1), right)
     screen, race = Rule.fit(*screened), Rule.fit(*raced)
-    strictness = _strictness(part, corrected, screen, race, (screened[1], raced[1]))
+    strictness = _strictness(part, corrected, screen, race, (screened[1], raced[1]), patch_nums)
     both = Rule.joint((screen, race), (screened[0], raced[0]), strictness)
     smoothing = None
     if smooth:
@@ -235,14 +240,19 @@ def _rules(
 
 
 def _strictness(
-    part: Measured, corrected: Tensor, screen: Rule, race: Rule, seen: tuple[Tensor, Tensor]
+    part: Measured,
+    corrected: Tensor,
+    screen: Rule,
+    race: Rule,
+    seen: tuple[Tensor, Tensor],
+    patch_nums: tuple[int, ...],
 ) -> tuple[float, float]:
     """How strict the race is to be beside the screen, so that fewest tokens are evaluated: seen on gaps of `part`."""
     delta = max(0.005, 1 / (len(part) + 1))
     tried = []
     for strict in STRICTNESS:
         rule = Rule.joint((screen, race), seen, (1.0, strict))
-        tried.append((float(_expected(part, corrected, rule.margins(delta)).sum()), strict))
+        tried.append((float(_expected(part, corrected, rule.margins(delta), patch_nums).sum()), strict))
     return 1.0, min(tried)[1]
 
 
@@ -280,16 +290,10 @@ def _gain(measured: Measured) -> tuple[float | None, float | None]:
     return change.mean().item(), (change.std() / len(change) ** 0.5).item()
 
 
-def _expected(measured: Measured, corrected: Tensor, margins: Tensor) -> Tensor:
+def _expected(measured: Measured, corrected: Tensor, margins: Tensor, patch_nums: tuple[int, ...]) -> Tensor:
     """How many classes go through each scale, on average, when they are screened and raced: (K,)."""
-    screen, margins = margins[0], margins[1:]
-    alive = corrected >= corrected.amax(1, keepdim=True) - screen
-    sums, rows = measured.exact.cumsum(-1), []
-    for k in range(sums.shape[-1]):
-        rows.append(alive.sum(1).double().mean())
-        scores = sums[..., k].masked_fill(~alive, -torch.inf)
-        alive &= scores >= scores.amax(1, keepdim=True) - margins[k]
-    return torch.stack(rows)
+    boundaries = (0, *itertools.accumulate(p * p for p in patch_nums))
+    return on_table(corrected, measured.exact, margins, boundaries)[0].double().mean(0)
 
 
 def _expected_smooth(measured: Measured, rules: Rules, delta: float) -> Tensor:
@@ -327,7 +331,10 @@ def _sample_scores(classifier: Classifier, images: TokenMaps, labels: Tensor, sa
     return torch.cat(found)
 
 
-def _columns(truth: Tensor, labels: Tensor, count: int) -> Tensor:
+def _columns(wanted: Sequence[int] | Tensor, labels: Tensor, count: int) -> Tensor:
+    if not isinstance(wanted, Tensor) and not all(hasattr(label, "__index__") for label in wanted):
+        raise TypeError("truth: expected class indices, one an image")
+    truth = torch.as_tensor(wanted)
     if truth.shape != (count,):
         raise ValueError(f"truth: expected {count} labels, one an image, got shape {tuple(truth.shape)}")
     found = truth.unsqueeze(1) == labels.cpu()

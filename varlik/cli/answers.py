@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import varlik
 from varlik.cli.shared import (
@@ -75,8 +76,8 @@ def demo(
     table = Table("picture", "truth", "prediction", "posterior", "tokens", title=f"{result.model} on {result.device}")
     for row in result.rows:
         colour = "green" if row.correct else "red"
-        predicted = f"[{colour}]{escape(row.predicted)}[/]"
-        table.add_row(row.file, escape(row.truth), predicted, f"{row.posterior:.3f}", str(row.tokens))
+        predicted = Text(row.predicted, style=colour)  # no markup: a class may be called "\\" or "["
+        table.add_row(row.file, Text(row.truth), predicted, f"{row.posterior:.3f}", str(row.tokens))
     console.print(table)
     naive = result.timings[0]
     times = Table("way", "ms per picture", "tokens", "times faster", title=f"{len(result.rows)} pictures")
@@ -97,7 +98,11 @@ def _print_answer(answer: dict[str, Any], audited: bool) -> None:
     table = Table("image", "class", "posterior", "log-likelihood", *(["estimate"] if screened else []))
     for image in answer["images"]:
         for rank, entry in enumerate(image["top"]):
-            cells = [escape(image["image"]) if rank == 0 else "", escape(entry["name"]), f"{entry['posterior']:.4f}"]
+            cells: list[str | Text] = [
+                Text(image["image"] if rank == 0 else ""),
+                Text(entry["name"]),
+                f"{entry['posterior']:.4f}",
+            ]
             table.add_row(*cells, _score(entry), *([f"{entry['estimate']:.2f}"] if screened else []))
     console.print(table)
     for line in _cost_lines(answer["cost"], len(answer["images"])):

@@ -59,7 +59,7 @@ def calibrate(
         typer.Option(
             file_okay=False,
             help="Keep exact scores in this folder as they are found, so that a stopped run goes on where it was and "
-            "another one need not score again.",
+            "another one on the same pictures need not score them again.",
             show_default="they are not kept",
         ),
     ] = None,

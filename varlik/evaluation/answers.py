@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,4 +105,5 @@ def _audit(prediction: Prediction) -> dict[str, Any] | None:
     audit = prediction.audit
     if audit is None:
         return None
-    return {**asdict(audit), "low": audit.low, "high": audit.high, "exceeded": audit.exceeded}
+    fields = ("images", "disagreements", "delta", "low", "high", "exceeded")
+    return {name: getattr(audit, name) for name in fields}

@@ -28,7 +28,7 @@ def score_table(
     """log p(r_k | r_<k, class) of every scale, summed over its tokens: (B, N, K) float32, for `labels` (N,).
 
     With a `folder`, finished parts are kept in files there, named by a digest of all that decides them (weights,
-    precision, classes, tokens), and read instead of computed when asked for again; damaged ones are computed anew.
+    precision, classes, tokens, inputs), and read when asked for again; damaged ones are computed anew.
     `progress` is told how many of all images are done. Raises as `Engine.open`, and `OSError` for a folder that cannot
     be written.
     """
@@ -39,7 +39,7 @@ def score_table(
     parts = []
     for first in range(0, len(images), SHARD):
         batch = images[first : first + SHARD]
-        file = None if folder is None else folder / f"{_digest(key, batch.tokens)}.safetensors"
+        file = None if folder is None else folder / f"{_digest(key, batch)}.safetensors"
         shape = (len(batch), len(labels), engine.config.num_scales)
         found = _read(file, shape)
         if found is None:
@@ -65,9 +65,10 @@ def _key(engine: Engine, labels: Tensor) -> str:
     return f"{engine.weights_digest}/{engine.compute.dtype}/{engine.compute.impl}/{labels.tolist()}"
 
 
-def _digest(key: str, tokens: Tensor) -> str:
+def _digest(key: str, images: TokenMaps) -> str:
     digest = hashlib.blake2b(key.encode(), digest_size=16)
-    digest.update(tokens.cpu().contiguous().numpy().tobytes())
+    for part in (images.tokens, images.teacher_forcing_input):
+        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
