@@ -8,10 +8,12 @@ import pytest
 import torch
 from tiny_model import CLASSES, make_model, make_samples
 
-from varlik.cascade import Cascade, run
+from varlik.cascade import Cascade
 from varlik.models.config import VQVAEConfig
 from varlik.models.quantizer import MultiScaleQuantizer
+from varlik.run import Plan, SampleScores, run
 from varlik.scoring.engine import Engine
+from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.scoring.graphs import Graphs
 from varlik.scoring.options import EngineOptions
 from varlik.smoothing import Smoothing
@@ -83,15 +85,24 @@ def test_a_cascade_equals_the_torch_path(var):
         quantizer = quantizer.to(DEVICE)
         features = torch.randn(IMAGES, 8, 4, 4, generator=torch.Generator().manual_seed(4)).to(DEVICE)
         images = TokenMaps(*quantizer.tokenize(features), features, tuple(range(IMAGES)), (1, 2, 3, 4))
-    prior, how = torch.zeros(CLASSES + 1, device=DEVICE), Smoothing(0.1, 0, "mean")
+    prior, how = torch.zeros(CLASSES, device=DEVICE), Smoothing(0.1, 0, "mean")
     results = []
     for options in (PRECISE, {"impl": "torch", "dtype": torch.float32}):
         engine = engine_of(var, **options)
-        cascade = Cascade.parse("2:4,4:2,4x3:1")
-        results.append(run(cascade, engine, quantizer, images, labels(1)[0], prior, how))
+        with SampleScores(engine, quantizer, images, labels(1)[0], how) as scores:
+            results.append(run(Plan(Cascade.parse("screen:5,2:4,4:2,4x3:1")), scores, prior))
     for ours, wanted in zip(*results, strict=True):
-        assert torch.equal(ours.labels, wanted.labels)
-        torch.testing.assert_close(ours.log_likelihood, wanted.log_likelihood, rtol=1e-5, atol=0)
+        assert torch.equal(ours.reached, wanted.reached)
+        torch.testing.assert_close(ours.log_likelihood, wanted.log_likelihood, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_first_order_scores_equal_the_torch_path(var, samples):
+    found = []
+    for options in (PRECISE, {"impl": "torch", "dtype": torch.float32}):
+        engine = engine_of(var, **options)
+        scores = first_order_log_likelihood(engine, samples[0], labels(1)[0], labels(1)[0], per_scale=True)
+        found.append(scores)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_close(var, samples):
