@@ -110,7 +110,7 @@ def test_panels_say_what_is_explained():
 
 
 def test_heat_lies_half_and_half_over_the_picture():
-    from matplotlib import colormaps
+    colormaps = pytest.importorskip("matplotlib").colormaps
 
     one = made_up()
     for released in (False, True):

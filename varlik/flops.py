@@ -33,6 +33,7 @@ from typing import Literal, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from varlik.calibration import Calibration
@@ -386,7 +387,8 @@ def _encoder(config: VQVAEConfig) -> tuple[int, int]:
             _, channels, height, width = out.shape
             products += 2 * channels * (height * width) ** 2
 
-    with torch.device("meta"), torch.no_grad():
+    # What is looked at here is no work that a counter around the caller should see.
+    with _disable_current_modes(), torch.device("meta"), torch.no_grad():
         quant_conv = nn.Conv2d(config.codebook_dim, config.codebook_dim, 3, padding=1)
         network = nn.Sequential(Encoder(config), quant_conv)
         for module in network.modules():
