@@ -197,15 +197,17 @@ class Plan:
     def delta(self) -> float | None:
         """What is promised: the probability that a stage that runs loses the right class; None without a promise.
 
-        There is none where a stage with a fixed count may drop the right class, and for a part of the calibrated
-        classes: the best of a few is another kind of best than the best of all.
+        There is none where a stage with a fixed count may drop the right class or averages over samples, and for a part
+        of the calibrated classes: the best of a few is another kind of best than the best of all.
         """
         if not self.cascade.calibrated or self.rules is None or self.calibration is None or not self.whole:
             return None
         count = len(self.calibration.fingerprint.patch_nums)
-        full = (stage.scales_of(count) == count for stage in self.cascade.stages if isinstance(stage, Stage))
+        fixed = [stage for stage in self.cascade.stages if isinstance(stage, Stage)]
         first = self.cascade.stages[0]
-        if not all(full) or (isinstance(first, Screen) and first.delta is None):
+        if any(stage.samples > 1 or stage.scales_of(count) < count for stage in fixed) or (
+            isinstance(first, Screen) and first.delta is None
+        ):
             return None
         last = self.cascade.stages[-1]
         unused = last.delta if isinstance(last, Smooth) and self.rules.smooth is None else 0.0

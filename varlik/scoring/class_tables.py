@@ -8,6 +8,7 @@ nor position 0, and scale 1 costs a look-up.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,14 @@ class Conditions:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def __getitem__(self, rows: slice) -> Conditions:
+        return Conditions(self.vectors[rows], self.pages[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Conditions]) -> Conditions:
+        """The rows of all `parts`, one after another."""
+        return Conditions(torch.cat([part.vectors for part in parts]), torch.cat([part.pages for part in parts]))
 
 
 class ClassTables:

@@ -22,6 +22,9 @@ from varlik.tokens import TokenMaps
 # Much sharper ones come so near one class that the others look better than they are (measured on glyphs-100).
 SHARPNESS = 2.0
 
+# Images whose gradients are held until they are multiplied with the class tables, which are read once for all of them.
+IMAGES_AT_A_TIME = 64
+
 
 def first_order_log_likelihood(
     engine: Engine,
@@ -56,13 +59,12 @@ def first_order_log_likelihood(
     with torch.autocast(labels.device.type, enabled=False):  # the caller's, as in the engine
         estimates = [
             _estimate(engine, batch, labels, at, scales, per_scale, expansions)
-            for batch in _batches(engine, images, scales)
+            for batch in _batches(images, IMAGES_AT_A_TIME)
         ]
     return torch.cat(estimates)
 
 
-def _batches(engine: Engine, images: TokenMaps, scales: int) -> Iterator[TokenMaps]:
-    size, _ = batch_rows(engine, scales)
+def _batches(images: TokenMaps, size: int) -> Iterator[TokenMaps]:
     for first in range(0, len(images), size):
         yield images[first : first + size]
 
@@ -109,18 +111,25 @@ def _expand(engine: Engine, images: TokenMaps, point: Conditions, rows: Tensor, 
     (B, N, scales - 1), or (B, N, 1) of them all together.
     """
     boundaries = engine.config.boundaries
-    end = boundaries[scales]
-    count = len(images)
-    row_point = torch.arange(count, device=rows.device) if len(point) > 1 else rows.new_zeros(count)
-    inputs = images.teacher_forcing_input[:, : end - 1].to(engine.weights.positions.dtype)
-    _, checkpointed = batch_rows(engine, scales)
-    done = adjoint.forward(engine.weights, inputs, images.tokens[:, 1:end], point, row_point, checkpointed)
     parts = [(k,) for k in range(2, scales + 1)] if per_scale else [tuple(range(2, scales + 1))]
-    found = []
-    for part in parts:
-        first, last = boundaries[part[0] - 1] - 1, boundaries[part[-1]] - 1
-        value = done.log_prob[:, first:last].double().sum(1, keepdim=True)
-        found.append(value + _products(engine.tables, adjoint.backward(done, part), point, rows))
+    values: list[list[Tensor]] = [[] for _ in parts]
+    gradients: list[list[Conditions]] = [[] for _ in parts]
+    size, checkpointed = batch_rows(engine, scales)
+    for first in range(0, len(images), size):
+        batch = images[first : first + size]
+        at = point if len(point) == 1 else point[first : first + size]
+        row_point = torch.arange(len(batch), device=rows.device) % len(at)
+        inputs = batch.teacher_forcing_input[:, : boundaries[scales] - 1].to(engine.weights.positions.dtype)
+        tokens = batch.tokens[:, 1 : boundaries[scales]]
+        done = adjoint.forward(engine.weights, inputs, tokens, at, row_point, checkpointed)
+        for i, part in enumerate(parts):
+            scored = done.log_prob[:, boundaries[part[0] - 1] - 1 : boundaries[part[-1]] - 1]
+            values[i].append(scored.double().sum(1, keepdim=True))
+            gradients[i].append(adjoint.backward(done, part))
+    found = [
+        torch.cat(value) + _products(engine.tables, Conditions.concatenate(gradient), point, rows)
+        for value, gradient in zip(values, gradients, strict=True)
+    ]
     return torch.stack(found, dim=-1)
 
 
