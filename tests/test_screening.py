@@ -45,7 +45,7 @@ def classifier(module_classifier):
     """Without a calibration, and as if it had never said so."""
     module_classifier.calibration = None
     module_classifier._told = False
-    module_classifier._audits.clear()
+    module_classifier._auditor.clear()
     return module_classifier
 
 

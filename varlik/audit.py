@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,9 +51,37 @@ class Audit:
         )
 
 
-def draw(keys: Sequence[int], share: float, seed: int) -> list[int]:
-    """Places of a random `share` of the images with these `keys`: a function of seed and image alone."""
-    return [i for i, key in enumerate(keys) if _number(key, seed) < share]
+class Auditor:
+    """The audits of one classifier, by what was asked: a cascade and its candidate classes, as text."""
+
+    def __init__(self) -> None:
+        self._audits: dict[str, Audit] = {}
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._audits.clear()
+
+    def draw(self, what: str, keys: Sequence[int], share: float, seed: int) -> list[int]:
+        """Places of a random `share` of the images with these `keys`, none of which was audited before.
+
+        Whether an image is drawn is a function of seed and image alone.
+        """
+        known = self._audits[what].keys if what in self._audits else frozenset()
+        return [i for i, key in enumerate(keys) if key not in known and _number(key, seed) < share]
+
+    def add(self, what: str, found: Audit) -> None:
+        """Count on, and warn where the promise is very likely not kept."""
+        audit = self._audits[what] = self._audits[what] + found if what in self._audits else found
+        if audit.delta is not None and audit.exceeded:
+            warnings.warn(
+                f"{audit.disagreements} of {audit.images} audited images have another answer when scored in full, "
+                f"and at most {100 * audit.delta:g} % was promised: they are not like the images of the calibration",
+                stacklevel=4,
+            )
+
+    def of(self, what: str) -> Audit | None:
+        """All that was found so far, None if nothing was drawn."""
+        return self._audits.get(what)
 
 
 def _number(key: int, seed: int) -> float:

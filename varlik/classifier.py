@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varlik import images as image_files
-from varlik.audit import Audit, draw
+from varlik.audit import Audit, Auditor
 from varlik.calibration import Calibration, Fingerprint
 from varlik.cascade import SCREENED, VARC, Cascade, Screen
 from varlik.class_names import ClassNames
@@ -22,7 +22,7 @@ from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import digest
-from varlik.prediction import Cost, Prediction, from_stages, merge_batches
+from varlik.prediction import Cost, Prediction, from_stages, log_of_prior, merge_batches
 from varlik.run import Plan, SampleScores, run
 from varlik.scoring.engine import Engine
 from varlik.scoring.first_order import first_order_log_likelihood
@@ -122,7 +122,7 @@ class VARClassifier:
         self._vqvae_digest: str | None = None
         self._calibration: Calibration | None = None
         self._told = False
-        self._audits: dict[str, Audit] = {}
+        self._auditor = Auditor()
 
     @property
     def device(self) -> torch.device:
@@ -166,33 +166,29 @@ class VARClassifier:
             file = self.calibration_file
             found = Calibration.load(file)
             self.calibration_file = None
-            differing = found.fingerprint.differences(self.fingerprint)
-            if differing:
-                warnings.warn(f"{file}: not used, it differs in {'; '.join(differing)}", stacklevel=2)
-            else:
-                self._calibration = found
+            self._calibration = found if self._fits(found, str(file)) else None
         return self._calibration
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
-        """Use another one, or none. Raises `ValueError` for one of another model, naming the differing fields."""
+        """Use another one, or none.
+
+        Raises `ValueError` for one of another model, naming the differing fields, `TypeError` for something else.
+        """
         if calibration is not None and not isinstance(calibration, Calibration):
             raise TypeError(f"calibration: expected a Calibration (see Calibration.load), got {calibration!r}")
         if calibration is not None:
             calibration.check(self.fingerprint)
         self._calibration, self.calibration_file = calibration, None
-        self._audits.clear()
+        self._auditor.clear()
 
     def to(self, device: str | torch.device) -> VARClassifier:
         """Move the model and return it."""
         self.var.to(device)
         self.vqvae.to(device)
         self._engine = None
-        if self._calibration is not None:  # another device may mean another precision
-            differing = self._calibration.fingerprint.differences(self.fingerprint)
-            if differing:
-                warnings.warn(f"calibration: not used on {device}, it differs in {'; '.join(differing)}", stacklevel=2)
-                self.calibration = None
+        if self._calibration is not None and not self._fits(self._calibration, f"calibration, on {device}"):
+            self.calibration = None  # another device may mean another precision
         return self
 
     def warmup(self, rows: int = 1, autotune: bool = False) -> None:
@@ -291,10 +287,12 @@ class VARClassifier:
         calibration, and for weights of fewer scales than all.
         """
         images, labels, scales = self._checked(images, classes, scales)
-        log_prior = _log_prior(prior, len(labels), self.device)
+        log_prior = log_of_prior(prior, len(labels), self.device)
         if calibrated is None:
             return (self.log_likelihood(images, labels, scales) + log_prior).softmax(-1)
-        weights = _scale_weights(self.calibration, calibrated, scales, self.var.config.num_scales)
+        if self.calibration is None:
+            raise ValueError("calibrated: this takes a calibration made with labels (truth=...)")
+        weights = self.calibration.posterior_weights(calibrated, scales)
         by_scale = score_table(self.engine, images, labels)[..., :scales]
         return (by_scale.double() @ weights.to(by_scale.device) + log_prior).softmax(-1).float()
 
@@ -356,7 +354,7 @@ class VARClassifier:
 
         Raises `ValueError` for a cascade that widens or asks for more scales than there are, for classes that were not
         calibrated, a calibration on too few images, another `sigma` or `aggregate` than smoothing was calibrated for,
-        an `audit` that is no share, and as the methods above.
+        an `audit` that is no share (`TypeError` if it is no number), and as the methods above.
         """
         started = time.perf_counter()
         cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
@@ -368,7 +366,7 @@ class VARClassifier:
         how = Smoothing(self._sigma(cascade) if sigma is None else sigma, seed, aggregate)
         plan = self._plan(cascade, self.labels(classes), how)
         images, labels, _ = self._checked(images, classes, None)
-        log_prior = _log_prior(prior, len(labels), self.device)
+        log_prior = log_of_prior(prior, len(labels), self.device)
         first = cascade.stages[0]
         rows = min(len(labels), first.keep or SCREENED) if isinstance(first, Screen) else len(labels)
         results = []
@@ -422,6 +420,13 @@ class VARClassifier:
         for first in range(0, len(images), size):
             yield images[first : first + size]
 
+    def _fits(self, calibration: Calibration, name: str) -> bool:
+        """Whether it is for this model; says so where it is not."""
+        differing = calibration.fingerprint.differences(self.fingerprint)
+        if differing:
+            warnings.warn(f"{name}: not used, it differs in {'; '.join(differing)}", stacklevel=3)
+        return not differing
+
     def _sigma(self, cascade: Cascade) -> float:
         """Noise of perturbed samples where none is given."""
         smoothing = self.calibration.smoothing if self.calibration is not None and cascade.smooths else None
@@ -445,30 +450,15 @@ class VARClassifier:
         self, plan: Plan, prediction: Prediction, images: TokenMaps, log_prior: Tensor, how: Smoothing, share: float
     ) -> Audit | None:
         """Score a random share of the images in full; None where there is nothing to audit so far."""
-        name = f"{plan.cascade} {prediction.labels.tolist()}"
-        known = self._audits[name].keys if name in self._audits else frozenset()
-        chosen = [i for i in draw(images.keys, share, how.seed) if images.keys[i] not in known]
+        what = f"{plan.cascade} {prediction.labels.tolist()}"
+        chosen = self._auditor.draw(what, images.keys, share, how.seed)
         if chosen:
             picked = TokenMaps.concatenate([images[i : i + 1] for i in chosen])
-            right = self._right_answers(plan, picked, prediction.labels, log_prior, how)
-            keys = frozenset(images.keys[i] for i in chosen)
-            found = Audit(len(chosen), int((prediction.classes[chosen] != right).sum()), plan.delta, keys)
-            self._audits[name] = self._audits[name] + found if name in self._audits else found
-        audit = self._audits.get(name) if share else None
-        if audit is not None and audit.delta is not None and chosen and audit.exceeded:
-            warnings.warn(
-                f"{audit.disagreements} of {audit.images} audited images have another answer when scored in full, "
-                f"and at most {100 * audit.delta:g} % was promised: they are not like the images of the calibration",
-                stacklevel=3,
-            )
-        return audit
-
-    def _right_answers(
-        self, plan: Plan, images: TokenMaps, labels: Tensor, log_prior: Tensor, how: Smoothing
-    ) -> Tensor:
-        """What the cascade's answers are to agree with, (B,)."""
-        found = self.classify(images, labels, plan.agrees_with, prior=log_prior.exp(), sigma=how.sigma, seed=how.seed)
-        return found.classes
+            options: dict[str, Any] = {"prior": log_prior.exp(), "sigma": how.sigma, "seed": how.seed}
+            right = self.classify(picked, prediction.labels, plan.agrees_with, **options).classes
+            wrong = int((prediction.classes[chosen] != right).sum())
+            self._auditor.add(what, Audit(len(chosen), wrong, plan.delta, frozenset(picked.keys)))
+        return self._auditor.of(what) if share else None
 
     def _sample_scores(self, images: TokenMaps, labels: Tensor, scales: int, samples: range, how: Smoothing) -> Tensor:
         """Log-likelihoods (B, N, S) of labels (N,) under each of `samples`."""
@@ -489,27 +479,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch refuses an absent GPU by AssertionError
         raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return found
-
-
-def _scale_weights(calibration: Calibration | None, kind: str, scales: int, count: int) -> Tensor:
-    """What the log-likelihoods of each of `scales` of `count` scales are multiplied by, (scales,) float64."""
-    if calibration is None or calibration.temperature is None or calibration.scale_weights is None:
-        raise ValueError("calibrated: this takes a calibration made with labels (truth=...)")
-    if kind == "temperature":
-        return torch.full((scales,), 1 / float(calibration.temperature[scales - 1]), dtype=torch.float64)
-    if kind != "scale weights":
-        raise ValueError(f"calibrated: expected 'temperature', 'scale weights' or None, got {kind!r}")
-    if scales != count:
-        raise ValueError(f"scales: weights are for all {count} scales, got {scales}")
-    return calibration.scale_weights.double()
-
-
-def _log_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:
-    if prior is None:
-        return torch.zeros(count, dtype=torch.float32, device=device)
-    values = torch.as_tensor(prior, dtype=torch.float32, device=device)
-    if values.shape != (count,):
-        raise ValueError(f"prior: expected {count} values, one per class, got shape {tuple(values.shape)}")
-    if not torch.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
-        raise ValueError("prior: expected finite, non-negative values with a positive sum")
-    return (values / values.sum()).log()

@@ -123,3 +123,18 @@ def merge_batches(parts: tuple[StageResult, ...]) -> StageResult:
     names = ("log_likelihood", "reached", "tokens_by_class", "tokens_by_scale", "backward_tokens")
     merged: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **merged, seconds=sum(part.seconds for part in parts))
+
+
+def log_of_prior(prior: Sequence[float] | Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Log of a prior over `count` classes, normalised: (count,) float32; zeros for None, which is uniform.
+
+    Raises `ValueError` for another length, and for values that are negative, not finite or all zero.
+    """
+    if prior is None:
+        return torch.zeros(count, dtype=torch.float32, device=device)
+    values = torch.as_tensor(prior, dtype=torch.float32, device=device)
+    if values.shape != (count,):
+        raise ValueError(f"prior: expected {count} values, one per class, got shape {tuple(values.shape)}")
+    if not torch.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise ValueError("prior: expected finite, non-negative values with a positive sum")
+    return (values / values.sum()).log()

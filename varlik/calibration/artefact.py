@@ -148,6 +148,22 @@ class Calibration:
         """How many rows of perturbed samples are scored after that; 0 without smoothing."""
         return 0.0 if self.smooth_rows is None else float(_between(self.deltas, self.smooth_rows, delta))
 
+    def posterior_weights(self, kind: str, scales: int) -> Tensor:
+        """What the log-likelihoods of each of the first `scales` are multiplied by, (scales,) float64.
+
+        `kind` is "temperature" or "scale weights". Raises `ValueError` for another, for a calibration without labels,
+        and for weights of fewer scales than all.
+        """
+        if self.temperature is None or self.scale_weights is None:
+            raise ValueError("calibrated: this takes a calibration made with labels (truth=...)")
+        if kind == "temperature":
+            return torch.full((scales,), 1 / float(self.temperature[scales - 1]), dtype=torch.float64)
+        if kind != "scale weights":
+            raise ValueError(f"calibrated: expected 'temperature', 'scale weights' or None, got {kind!r}")
+        if scales != len(self.scale_weights):
+            raise ValueError(f"scales: weights are for all {len(self.scale_weights)} scales, got {scales}")
+        return self.scale_weights.double()
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all. Raises `OSError`."""
         tensors = {name: getattr(self, name) for name in ("labels", "at", "offset", "recall", "deltas", "race_rows")}
