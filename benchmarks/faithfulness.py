@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -127,9 +128,7 @@ OTHERS: dict[str, Callable[[Score, Tensor, Tensor, Baseline], Tensor]] = {
     "centre": lambda score, pixels, column, baseline: comparisons.centre(pixels),
     "edges": lambda score, pixels, column, baseline: comparisons.edges(pixels),
     "occlusion": comparisons.occlusion,
-    "captum FeatureAblation": comparisons.ablation,
-    "captum KernelShap": comparisons.kernel_shap,
-    "captum Lime": comparisons.lime,
+    **{f"captum {method}": partial(comparisons.captum, method) for method in get_args(comparisons.Method)},
 }
 
 

@@ -36,6 +36,7 @@ from varlik.cascade import AVARC_PLUS, FAST, Cascade
 from varlik.datasets import DATA_SETS
 from varlik.evaluation.accuracy import tokenize_arrays
 from varlik.evaluation.machine import machine
+from varlik.models.config import VARConfig
 from varlik.race import on_table
 from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.smoothing import Smoothing
@@ -89,8 +90,13 @@ def main() -> None:
         "--slow", type=int, default=1_000, help="images for the ways that take long; twice as many otherwise"
     )
     parser.add_argument("--only", nargs="+", help="groups of ways to measure again; the rest stays as it was measured")
+    parser.add_argument("--render", action="store_true", help="only write .md and .png again, from the .json")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the three files")
     options = parser.parse_args()
+    path = options.out / f"screening-{options.model}"
+    if options.render:
+        render(json.loads(path.with_suffix(".json").read_text()), path)
+        return
     classifier = varlik.load(options.model, device="cpu")
     data = {split: DATA_SETS[options.model](split, options.data) for split in ("held-out", "test")}
     data["test"] = data["test"][: options.images]
@@ -105,7 +111,6 @@ def main() -> None:
         )
         for split, images in maps.items()
     }  # fmt: skip
-    path = options.out / f"screening-{options.model}"
     here = machine(classifier.device)
     rows = accuracies(classifier, maps["test"], tables["test"], options.slow, options.only)
     rows = [replace(row, commit=here.commit) for row in rows]
@@ -123,9 +128,15 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    render(report, path)
+
+
+def render(report: dict[str, Any], path: Path) -> None:
+    """Write a report's tables and picture, and print the tables."""
+    rows = [Row(**row) for row in report["ways"]]
     text = as_markdown(report, rows)
     path.with_suffix(".md").write_text(text)
-    plot(rows, options.model, path.with_suffix(".png"))
+    plot(rows, report["model"], path.with_suffix(".png"))
     print(text)
 
 
@@ -157,7 +168,7 @@ def accuracies(
 def classify(classifier: varlik.VARClassifier, images: TokenMaps, cascade: Cascade) -> tuple[Tensor, Tensor]:
     """Classes (B,) and tokens (B,), those backwards as they cost."""
     classes, tokens = [], []
-    back = backward_cost(classifier)
+    back = backward_cost(classifier.var.config)
     for first in track(range(0, len(images), BATCH), str(cascade), transient=True, console=Console(stderr=True)):
         found = classifier.classify(images[first : first + BATCH], cascade=cascade)
         classes.append(found.classes)
@@ -165,9 +176,8 @@ def classify(classifier: varlik.VARClassifier, images: TokenMaps, cascade: Casca
     return torch.cat(classes), torch.cat(tokens)
 
 
-def backward_cost(classifier: varlik.VARClassifier) -> float:
+def backward_cost(config: VARConfig) -> float:
     """FLOPs of a token backwards over those forwards, in a first-order pass."""
-    config = classifier.var.config
     both, back = flops.first_order(config, "true").total, flops.first_order_backward(config, "true").total
     return back / (both - back)
 
@@ -227,7 +237,7 @@ def simulate(
     corrected = calibration.slope * table.first_order + calibration.offset
     rows, answers = on_table(corrected, table.exact, calibration.full.both.margins(delta), config.boundaries)
     sizes_of = torch.tensor([0, *(p * p for p in config.patch_nums[1:])])
-    screened = (config.num_tokens - 1) * (1 + backward_cost(classifier))
+    screened = (config.num_tokens - 1) * (1 + backward_cost(config))
     return answers, screened + (rows * sizes_of).sum(1).double().mean().item()
 
 
@@ -298,7 +308,8 @@ def as_markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
         f"# Screening and race on {report['model']}",
         "",
         f"`python -m benchmarks.screening {report['model']}`, test images; commits: "
-        + ", ".join(sorted({str(row.commit) for row in rows})),
+        + ", ".join(sorted({str(row.commit) for row in rows}))
+        + f"; a token backwards counts {backward_cost(flops.configs_of(report['model'])[0]):.2f}",
         "",
         "| way | cascade | images | tokens per image | of full | top-1 | agreement (95 % interval) | promised |",
         "|---|---|---|---|---|---|---|---|",
@@ -335,10 +346,29 @@ def as_markdown(report: dict[str, Any], rows: Sequence[Row]) -> str:
             for s in report["sizes"]
         ),
         "",
-        f"Where first-order scores fail: {report['failures']}",
+        *failures_in_words(report["failures"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def failures_in_words(found: dict[str, Any]) -> list[str]:
+    """What `failures` found."""
+    lines = [
+        f"Where first-order scores fail: the right class is missed in {found['missed']} of {found['images']} images."
+    ]
+    what = {
+        "exact_lead_nats": "median lead of the best class over the second, full likelihood, nats",
+        "underestimated_nats": "median underestimation of the right class beside the median class, nats",
+        "nats_per_image": "median negative log-likelihood, nats",
+        "full_likelihood_wrong": "share in which full likelihood is wrong",
+    }
+    lines += ["", "| | missed | others |", "|---|---|---|"]
+    for key, name in what.items():
+        both = ("" if found[key][kind] is None else f"{found[key][kind]:.2f}" for kind in ("missed", "others"))
+        lines.append(f"| {name} | {' | '.join(both)} |")
+    pairs = "; ".join(f"`{right}` taken for `{guess}` {count}" for right, guess, count in found["pairs"])
+    return [*lines, "", f"Most frequent: {pairs}."] if pairs else lines
 
 
 def plot(rows: Sequence[Row], model: str, path: Path) -> None:

@@ -44,7 +44,13 @@ def main() -> None:
         )
     path = bundled_folder(options.model) / CALIBRATION_FILE
     calibration.save(path)
-    print(f"wrote {path}: {calibration.images} images, recall {[f'{x:.4f}' for x in calibration.recall.tolist()]}")
+    recall = ", ".join(f"{100 * share:.1f} %" for share in calibration.recall.tolist())
+    print(f"wrote {path}: {calibration.images} images, correlation {calibration.correlation:.3f}")
+    print(f"the right class is among the best 1 to 10 corrected scores in {recall}")
+    if calibration.smoothing is not None:
+        print(f"smoothing: {calibration.smoothing}")
+    if calibration.temperature is not None:
+        print(f"temperature of full likelihood: {float(calibration.temperature[-1]):.1f}")
 
 
 if __name__ == "__main__":

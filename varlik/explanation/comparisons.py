@@ -1,8 +1,8 @@
 """Other ways to say which pixels matter, to compare maps of mutual information with.
 
-Each takes a `score` and pixels and returns importance (B, S, S), higher for what speaks more for the class. Occlusion,
-ablation, LIME and SHAP look at the same posterior, over the same square cells of the picture; random order, the centre
-and edges look at no classifier at all.
+Each takes `pixels` (B, C, S, S) in [-1, 1] and returns importance (B, S, S), higher for what speaks more for the class.
+Occlusion, ablation, LIME and SHAP ask a `score` for the class in `column` (B,) of its answers, as `faithfulness.curves`
+does, over the same square cells of the picture; random order, the centre and edges look at no classifier at all.
 
 Sources: "Visualizing and Understanding Convolutional Networks", Zeiler and Fergus 2014 (occlusion); "Why Should I Trust
 You?", Ribeiro et al. 2016 (LIME); "A Unified Approach to Interpreting Model Predictions", Lundberg and Lee 2017 (SHAP).
@@ -10,14 +10,15 @@ You?", Ribeiro et al. 2016 (LIME); "A Unified Approach to Interpreting Model Pre
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from varlik.explanation.faithfulness import Baseline, Score, blank
+
+Method = Literal["FeatureAblation", "KernelShap", "Lime"]
 
 CELLS = 8  # cells a side, for methods that change a cell at a time
 SAMPLES = 128  # pictures that LIME and SHAP look at
@@ -59,39 +60,30 @@ def occlusion(score: Score, pixels: Tensor, column: Tensor, baseline: Baseline =
     return total / count
 
 
-def ablation(score: Score, pixels: Tensor, column: Tensor, baseline: Baseline = "blur", cells: int = CELLS) -> Tensor:
-    """captum's FeatureAblation: how far the probability falls when one cell is covered."""
-    from captum.attr import FeatureAblation
-
-    return _captum(FeatureAblation, score, pixels, column, baseline, cells, perturbations_per_eval=16)
-
-
-def kernel_shap(
-    score: Score,
-    pixels: Tensor,
-    column: Tensor,
-    baseline: Baseline = "blur",
-    cells: int = CELLS,
-    samples: int = SAMPLES,
+def captum(
+    method: Method, score: Score, pixels: Tensor, column: Tensor, baseline: Baseline = "blur", cells: int = CELLS
 ) -> Tensor:
-    """captum's KernelShap over cells."""
-    from captum.attr import KernelShap
+    """A method of captum over the cells: what covering one changes, or a surrogate model fitted to random coverings.
 
-    return _captum(KernelShap, score, pixels, column, baseline, cells, n_samples=samples, perturbations_per_eval=64)
+    Image by image, for surrogate models are fitted to one at a time. Raises `ImportError` without captum, `ValueError`
+    for another method.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method: expected one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
+    import captum.attr
 
-
-def lime(
-    score: Score,
-    pixels: Tensor,
-    column: Tensor,
-    baseline: Baseline = "blur",
-    cells: int = CELLS,
-    samples: int = SAMPLES,
-) -> Tensor:
-    """captum's Lime over cells."""
-    from captum.attr import Lime
-
-    return _captum(Lime, score, pixels, column, baseline, cells, n_samples=samples, perturbations_per_eval=64)
+    options = {"perturbations_per_eval": 64}
+    if method != "FeatureAblation":
+        options["n_samples"] = SAMPLES
+    mask = cell_mask(pixels, cells).expand(1, pixels.shape[1], -1, -1)
+    explainer = getattr(captum.attr, method)(score)
+    found = []
+    for i in range(len(pixels)):
+        one, target = pixels[i : i + 1], int(column[i])
+        found.append(
+            explainer.attribute(one, baselines=blank(one, baseline), target=target, feature_mask=mask, **options)
+        )
+    return torch.cat(found).sum(1)
 
 
 def cell_mask(pixels: Tensor, cells: int) -> Tensor:
@@ -105,29 +97,3 @@ def cell_mask(pixels: Tensor, cells: int) -> Tensor:
 
 def _probability(score: Score, pixels: Tensor, column: Tensor) -> Tensor:
     return score(pixels).gather(1, column.unsqueeze(1))[:, 0]
-
-
-def _captum(
-    method: Callable[..., Any],
-    score: Score,
-    pixels: Tensor,
-    column: Tensor,
-    baseline: Baseline,
-    cells: int,
-    **options: Any,
-) -> Tensor:
-    """Image by image, for surrogate models are fitted to one at a time."""
-    mask = cell_mask(pixels, cells).expand(1, pixels.shape[1], -1, -1)
-    found = []
-    for i in range(len(pixels)):
-        one = pixels[i : i + 1]
-        found.append(
-            method(score).attribute(
-                one,
-                baselines=blank(one, baseline),
-                target=int(column[i]),
-                feature_mask=mask,
-                **options,
-            )
-        )
-    return torch.cat(found).sum(1)

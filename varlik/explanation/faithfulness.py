@@ -54,6 +54,7 @@ def posterior_score(classifier: VARClassifier, classes: Tensor, temperature: flo
     """Posterior over `classes` (N,) under full likelihood, log-likelihoods being divided by `temperature`.
 
     At a temperature of 1 posteriors are close to 0 or 1 and curves are steps; a calibrated temperature spreads them.
+    Raises `ValueError` for a temperature that is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
