@@ -27,7 +27,7 @@ def test_json_equals_the_library(run, paths):
     answer = answer_of(run, *paths[:3])
     classifier = varlik.load("fashion-mnist")
     found = explain(classifier, list(paths[:3]))
-    assert (answer["model"], answer["unconditional"], answer["files"]) == ("fashion-mnist", "mixture", [])
+    assert (answer["model"], answer["unconditional"], answer["files"]) == ("fashion-mnist", "others", [])
     assert [image["image"] for image in answer["images"]] == [str(path) for path in paths[:3]]
     sizes = [p * p for p in found.patch_nums]
     for i, image in enumerate(answer["images"]):
@@ -64,7 +64,7 @@ def test_tables(run, paths):
     assert (code, err) == (0, "")
     (image,) = answer_of(run, paths[0])["images"]
     assert f"{paths[0]}: Ankle boot (1.0000) against Sneaker (0.0000)" in out
-    for text in ("6: 8 × 8", "TMI against the mean of the classes", "token for", "all", f"{image['contrast']:+.2f}"):
+    for text in ("6: 8 × 8", "TMI against the other classes", "token for", "all", f"{image['contrast']:+.2f}"):
         assert text in out
     assert str(image["for"][0]["code"]) in out
     assert "TMI against the null class" in run("explain", paths[0], "--unconditional", "null")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ import varlik
 from varlik import reference
 from varlik.classifier import VARClassifier
 from varlik.evaluation.samples import samples
-from varlik.explanation.information import explain, mixture_log_prob
+from varlik.explanation.information import Unconditional, explain, mixture_log_prob
 from varlik.explanation.maps import by_scale, compose, heat
 from varlik.models import checkpoints
 from varlik.smoothing import Smoothing, perturb
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+KINDS = get_args(Unconditional)
 
 
 @pytest.fixture(scope="module", params=("adaln", "shared_adaln"))
@@ -107,14 +109,18 @@ def bilinear(values, size):
 def check_identity(classifier, images, classes, scores):
     """`scores` (B, N + 1) are log-likelihoods of `classes` and the null class, made without `explain`."""
     scores = scores.double()
-    for kind, marginal in (
-        ("mixture", scores[:, :-1].logsumexp(1) - math.log(len(classes))),
-        ("null", scores[:, -1]),
-    ):
+    for kind in KINDS:
         found = explain(classifier, images, classes=classes, unconditional=kind)
-        torch.testing.assert_close(found.unconditional.double().sum(1), marginal, rtol=1e-5, atol=1e-4)
         for information, label in ((found.information, found.target), (found.rival_information, found.rival)):
-            own = scores.gather(1, (found.labels == label[:, None]).int().argmax(1, keepdim=True))[:, 0]
+            chosen = found.labels == label[:, None]
+            own = scores[:, :-1][chosen]
+            marginal = {
+                "others": scores[:, :-1][~chosen].view(len(own), -1).logsumexp(1) - math.log(len(classes) - 1),
+                "mixture": scores[:, :-1].logsumexp(1) - math.log(len(classes)),
+                "null": scores[:, -1],
+            }[kind]
+            unconditional = found.unconditional_of(label).double().sum(1)
+            torch.testing.assert_close(unconditional, marginal, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(information.double().sum(1), own - marginal, rtol=1e-4, atol=1e-4)
 
 
@@ -154,10 +160,24 @@ def test_mixture_where_probabilities_vanish():
     torch.testing.assert_close(mixture_log_prob(log_prob).sum(1), total, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_mixture_at_a_temperature_is_a_distribution(temperature):
+    """Summed over all sequences of three tokens, what it gives to each adds up to 1."""
+    generator = torch.Generator().manual_seed(1)
+    by_class = torch.rand(4, 3, 5, dtype=torch.float64, generator=generator).log_softmax(-1)  # class, place, token
+    sequences = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    log_prob = by_class[:, torch.arange(3), sequences].transpose(0, 1)
+    tempered = mixture_log_prob(log_prob, temperature)
+    torch.testing.assert_close(tempered.sum(1).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert not torch.allclose(tempered, mixture_log_prob(log_prob))
+    even = log_prob.exp().mean(1).log()
+    torch.testing.assert_close(mixture_log_prob(log_prob, 1e9), even, rtol=1e-6, atol=1e-6)
+
+
 # Golden cases: the original modules' token log-probs, then loops.
 
 
-@pytest.mark.parametrize("kind", ["mixture", "null"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_golden_explanation_equals_loops(golden, kind):
     classifier, images, original = golden
     found = explain(classifier, images, unconditional=kind)
@@ -166,12 +186,19 @@ def test_golden_explanation_equals_loops(golden, kind):
     assert torch.equal(found.tokens, images.tokens)
     for i in range(2):
         by_class = original[i, :-1]
-        marginal = brute_force_mixture(by_class) if kind == "mixture" else original[i, -1]
         ranking = by_class.sum(1).argsort(descending=True).tolist()
+        marginals = [
+            {
+                "others": brute_force_mixture(torch.cat((by_class[:own], by_class[own + 1 :]))),
+                "mixture": brute_force_mixture(by_class),
+                "null": original[i, -1],
+            }[kind]
+            for own in ranking[:2]
+        ]
         assert (int(found.target[i]), int(found.rival[i])) == tuple(ranking[:2])
         wanted = {
-            "information": by_class[ranking[0]] - marginal,
-            "rival_information": by_class[ranking[1]] - marginal,
+            "information": by_class[ranking[0]] - marginals[0],
+            "rival_information": by_class[ranking[1]] - marginals[1],
             "contrast": by_class[ranking[0]] - by_class[ranking[1]],
         }
         torch.testing.assert_close(found.posterior[i].double(), by_class.sum(1).softmax(0), atol=2e-3, rtol=0)
@@ -281,7 +308,9 @@ def test_contrast_is_the_difference_of_two_classes(tiny):
     assert (found.target.tolist(), found.rival.tolist()) == ([4, 0, 7], [9, 9, 9])
     difference = torch.stack([log_prob[i, y] for i, y in enumerate((4, 0, 7))]) - log_prob[:, 9]
     torch.testing.assert_close(found.contrast, difference, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.information - found.rival_information, difference, rtol=0, atol=1e-5)
+    for kind in ("mixture", "null"):
+        one = explain(classifier, images, [4, 0, 7], 9, unconditional=kind)
+        torch.testing.assert_close(one.information - one.rival_information, difference, rtol=0, atol=1e-5)
 
 
 def test_by_default_the_best_class_against_the_runner_up(tiny):
@@ -301,7 +330,7 @@ def test_by_default_the_best_class_against_the_runner_up(tiny):
 def test_candidates_are_those_named_in_their_order(tiny):
     classifier, images = tiny
     classes = [7, "class 3", classifier.null_class, 11]
-    found = explain(classifier, images, classes=classes)
+    found = explain(classifier, images, classes=classes, unconditional="mixture")
     log_prob = classifier.token_log_prob(images, classes)
     assert found.labels.tolist() == [7, 3, 12, 11]
     torch.testing.assert_close(found.token_log_prob, log_prob, rtol=1e-5, atol=1e-6)
@@ -333,7 +362,7 @@ def test_contrast_and_mixture_take_no_null_class(tiny):
         explain(without, images, unconditional="null")
 
 
-@pytest.mark.parametrize("kind", ["mixture", "null"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batch_independence(tiny, kind):
     classifier, images = tiny
     together = explain(classifier, images, unconditional=kind, samples=2)
@@ -345,7 +374,7 @@ def test_batch_independence(tiny, kind):
             )
 
 
-@pytest.mark.parametrize("kind", ["mixture", "null"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_averaged(golden, kind):
     classifier, images, _ = golden
     found = explain(classifier, images, target=0, contrast=1, samples=3, sigma=0.3, seed=5, unconditional=kind)
@@ -354,7 +383,11 @@ def test_samples_are_averaged(golden, kind):
     assert any((one.tokens != images.tokens).any() for one in each[1:])
     labels = list(range(classifier.null_class + 1))
     by_class = torch.stack([classifier.token_log_prob(one, labels) for one in each]).double().mean(0)
-    marginal = mixture_log_prob(by_class[:, :-1]) if kind == "mixture" else by_class[:, -1]
+    marginal = {
+        "others": mixture_log_prob(by_class[:, 1:-1]),
+        "mixture": mixture_log_prob(by_class[:, :-1]),
+        "null": by_class[:, -1],
+    }[kind]
     torch.testing.assert_close(found.token_log_prob.double(), by_class[:, :-1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.information.double(), by_class[:, 0] - marginal, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.contrast.double(), by_class[:, 0] - by_class[:, 1], rtol=1e-4, atol=1e-5)
@@ -363,10 +396,20 @@ def test_samples_are_averaged(golden, kind):
     torch.testing.assert_close(found.token_log_prob.sum(-1), smoothed, rtol=1e-5, atol=0)
 
 
-def test_slices(tiny):
+def test_weight_of_evidence_between_two_candidates_is_the_contrast(tiny):
     classifier, images = tiny
-    found = explain(classifier, images)
+    found = explain(classifier, images, classes=[2, 5])
+    assert found.kind == "others"
+    torch.testing.assert_close(found.information, found.contrast)
+    torch.testing.assert_close(found.rival_information, -found.contrast)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices(tiny, kind):
+    classifier, images = tiny
+    found = explain(classifier, images, unconditional=kind)
     part = found[1:3]
+    torch.testing.assert_close(part.rival_information, found.rival_information[1:3])
     assert (len(part), part.kind, part.patch_nums) == (2, found.kind, found.patch_nums)
     assert torch.equal(part.labels, found.labels)
     assert torch.equal(part.contrast, found.contrast[1:3])
@@ -390,7 +433,7 @@ def test_slices(tiny):
         ({"contrast": [1, 5, 4], "classes": [1, 2]}, "contrast: classes [4, 5] are not among the candidates"),
         ({"samples": 0}, "samples: expected 1 or more, got 0"),
         ({"samples": 2, "sigma": 0.0}, "sigma: expected a positive standard deviation, got 0.0"),
-        ({"unconditional": "nil"}, "unconditional: expected 'mixture' or 'null', got 'nil'"),
+        ({"unconditional": "nil"}, "unconditional: expected 'others' or 'mixture' or 'null', got 'nil'"),
     ],
 )
 def test_explain_refuses(tiny, arguments, message):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from varlik.explanation import pictures
-from varlik.explanation.information import Explanation, mixture_log_prob
+from varlik.explanation.information import Explanation
 from varlik.explanation.maps import compose
 
 SIDES = {"small": (1, 2, 3, 4, 6, 8), "imagenet": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
@@ -27,7 +27,7 @@ NAMES = (
 )
 
 
-def made_up(sides=SIDES["small"], target=0, rival=3, kind="mixture", images=1):
+def made_up(sides=SIDES["small"], target=0, rival=3, kind="others", images=1):
     generator = torch.Generator().manual_seed(0)
     length = sum(p * p for p in sides)
     log_prob = -3 + 0.4 * torch.randn(images, len(NAMES) + 1, length, generator=generator)
@@ -38,8 +38,8 @@ def made_up(sides=SIDES["small"], target=0, rival=3, kind="mixture", images=1):
         tokens=torch.zeros(images, length, dtype=torch.long),
         patch_nums=sides,
         token_log_prob=log_prob,
-        unconditional=mixture_log_prob(log_prob).float(),
         kind=kind,
+        null_log_prob=log_prob.mean(1) if kind == "null" else None,
     )
 
 
@@ -105,7 +105,7 @@ def test_panels_say_what_is_explained():
     for values in (one.information, one.rival_information, one.contrast):
         number = f"{values.sum().item():+.2f} nats".replace("-", "−")
         assert any(number in text for text in shown)
-    assert any("against the mean of the classes" in text for text in shown)
+    assert any("against the other classes" in text for text in shown)
     assert any("against the null class" in text.get_text() for text in texts(figure_of("panels", made_up(kind="null"))))
 
 
@@ -160,7 +160,7 @@ def test_race_is_behind_the_leader_of_all_classes():
 
 def test_races_of_equals_and_even_maps_are_drawn():
     one = made_up()
-    same = replace(one, token_log_prob=torch.full_like(one.token_log_prob, -1.0), unconditional=one.tokens - 1.0)
+    same = replace(one, token_log_prob=torch.full_like(one.token_log_prob, -1.0))
     for way in ("panels", "released", "scales"):
         assert all(np.isfinite(shown).all() for shown in maps_in(figure_of(way, same)))
 
@@ -201,7 +201,7 @@ def test_the_image_that_is_asked_for():
         ({"pixels": torch.zeros(1, 32, 30)}, "pixels: expected (1, S, S) or (3, S, S), got (1, 32, 30)"),
         ({"names": NAMES[:3]}, "names: expected one for each class up to 7, got 3"),
         (
-            {"explanation": replace(made_up(), unconditional=torch.full((1, 130), torch.nan))},
+            {"explanation": replace(made_up(kind="null"), null_log_prob=torch.full((1, 130), torch.nan))},
             "expected finite log-probs",
         ),
     ],

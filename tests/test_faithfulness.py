@@ -15,6 +15,7 @@ from varlik.images import load_many
 
 SIZE = 8
 FIRST = torch.zeros(2, dtype=torch.int64)
+BLACK = {"insertion_baseline": "black", "deletion_baseline": "black"}
 
 
 def corner(pixels):
@@ -37,20 +38,20 @@ def importance():
 
 
 def test_curves_by_hand(pixels, importance):
-    found = curves(corner, pixels, importance, FIRST, steps=4, baseline="black")
+    found = curves(corner, pixels, importance, FIRST, steps=4, **BLACK)
     assert found.shares.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert found.insertion.tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 0, 1]]
     assert found.deletion.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
     assert found.insertion_auc.tolist() == [0.875, 0.125]
     assert found.deletion_auc.tolist() == [0.125, 0.875]
     # Against the other class the same curves stand on their heads.
-    other = curves(corner, pixels, importance, FIRST + 1, steps=4, baseline="black")
+    other = curves(corner, pixels, importance, FIRST + 1, steps=4, **BLACK)
     torch.testing.assert_close(other.insertion, 1 - found.insertion)
 
 
 def test_images_have_classes_of_their_own(pixels, importance):
-    mixed = curves(corner, pixels, importance, torch.tensor([0, 1]), steps=3, baseline="grey")
-    each = [curves(corner, pixels[i : i + 1], importance[i : i + 1], torch.tensor([i]), 3, "grey") for i in range(2)]
+    mixed = curves(corner, pixels, importance, torch.tensor([0, 1]), steps=3, **BLACK)
+    each = [curves(corner, pixels[i : i + 1], importance[i : i + 1], torch.tensor([i]), 3, **BLACK) for i in range(2)]
     torch.testing.assert_close(mixed.insertion, torch.cat([one.insertion for one in each]))
 
 
@@ -61,10 +62,27 @@ def test_ties_go_from_left_to_right_and_down(pixels):
         seen.append(shown)
         return corner(shown)
 
-    curves(score, pixels[:1], torch.zeros(1, SIZE, SIZE), FIRST[:1], steps=SIZE, baseline="black")
+    curves(score, pixels[:1], torch.zeros(1, SIZE, SIZE), FIRST[:1], steps=SIZE, **BLACK)
     second = seen[0][1, 0]  # after one of eight steps
     assert second[0].eq(1).all()
     assert second[1:].eq(-1).all()
+
+
+def test_insertion_begins_and_deletion_ends_with_their_baselines(pixels):
+    picture = pixels.clone()
+    picture[:, :, : SIZE // 2] = -1
+    seen = []
+
+    def score(shown):
+        seen.append(shown)
+        return corner(shown)
+
+    curves(score, picture, torch.zeros(2, SIZE, SIZE), FIRST, steps=2)
+    inserted, deleted = seen[0].split(6)
+    assert torch.equal(inserted[:2], blank(picture, "blur"))
+    assert torch.equal(inserted[-2:], picture)
+    assert torch.equal(deleted[:2], picture)
+    assert torch.equal(deleted[-2:], blank(picture, "grey"))
 
 
 def test_baselines(pixels):
@@ -81,7 +99,11 @@ def test_baselines(pixels):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "steps: expected 1 or more"), ({"baseline": "pink"}, "baseline: expected 'blur' or 'grey'")],
+    [
+        ({"steps": 0}, "steps: expected 1 or more"),
+        ({"insertion_baseline": "pink"}, "baseline: expected 'blur' or 'grey' or 'black', got 'pink'"),
+        ({"deletion_baseline": "pink"}, "baseline: expected 'blur' or 'grey' or 'black', got 'pink'"),
+    ],
 )
 def test_curves_refuse(pixels, importance, options, message):
     with pytest.raises(ValueError, match=message):
@@ -93,6 +115,10 @@ def test_curves_refuse(pixels, importance, options, message):
 def test_ways_that_look_at_no_classifier(pixels):
     assert torch.equal(comparisons.random_order(pixels, 3), comparisons.random_order(pixels, 3))
     assert not torch.equal(comparisons.random_order(pixels, 3), comparisons.random_order(pixels, 4))
+    cells = comparisons.random_order(pixels, cells=2)
+    assert cells.shape == (2, SIZE, SIZE)
+    assert len(cells[0].unique()) == 4
+    assert len(cells[0, : SIZE // 2, : SIZE // 2].unique()) == 1
     middle = comparisons.centre(pixels)[0]
     assert middle[3, 3] == middle.max()
     assert middle[0, 0] == middle.min()

@@ -55,7 +55,8 @@ def test_numbers_are_the_explanations(fashion):
         assert image["tokens"] == images.tokens[i].tolist()
         exact = explanation.token_log_prob[i, shown]
         assert torch.allclose(torch.tensor(image["log_prob"]), exact, atol=6e-5)
-        assert torch.allclose(torch.tensor(image["unconditional"]), explanation.unconditional[i], atol=6e-5)
+        beside = torch.stack((explanation.unconditional[i], explanation.unconditional_of(explanation.rival)[i]))
+        assert torch.allclose(torch.tensor(image["unconditional"]), beside, atol=6e-5)
         assert torch.allclose(torch.tensor(image["race"]).double(), scores[i, shown].cumsum(-1), atol=1e-3)
         assert torch.allclose(torch.tensor(image["posterior"]), explanation.posterior[i, shown], rtol=1e-3)
         for kind, values in (("target", explanation.information), ("contrast", explanation.contrast)):
@@ -105,7 +106,7 @@ def test_ten_images_of_a_hundred_classes_take_less_than_a_megabyte():
     log_prob = -9 * torch.rand(10, 100, images.tokens.shape[1], generator=torch.Generator().manual_seed(0))
     labels = classifier.labels()
     explanation = Explanation(
-        labels, labels[:10], labels[10:20], images.tokens, images.patch_nums, log_prob, log_prob.mean(1), "mixture"
+        labels, labels[:10], labels[10:20], images.tokens, images.patch_nums, log_prob, "others"
     )
     text = page(report(classifier, images, explanation, cascade=varlik.FAST))
     assert len(text.encode()) < 300_000
@@ -132,7 +133,7 @@ def test_bad_input(fashion, tmp_path):
         ({"truth": [1]}, "truth: expected one class for each of 2 images, got 1"),
         ({"truth": [1, "no such class"]}, "no such class"),
         ({"explanation": explain(classifier, images[:3])}, "explanation: expected one of 2 images"),
-        ({"explanation": replace(explanation, unconditional=explanation.unconditional / 0)}, "NaN or infinity"),
+        ({"explanation": replace(explanation, null_log_prob=explanation.contrast / 0)}, "NaN or infinity"),
     ):
         with pytest.raises(ValueError, match=message):
             report(classifier, images[:2], **{"explanation": explanation, **wrong})
@@ -202,7 +203,7 @@ def test_page_works_by_keyboard_and_mouse(fashion, tmp_path):
         assert browser.evaluate("document.getElementById('kind').value") == "target"
         assert browser.evaluate("document.querySelector('canvas').toDataURL()") != before
         assert f"for {target}" in browser.evaluate("document.querySelector('.legend').innerText")
-        total = sum(a - b for a, b in zip(image["log_prob"][0], image["unconditional"], strict=True))
+        total = sum(a - b for a, b in zip(image["log_prob"][0], image["unconditional"][0], strict=True))
         assert f"{minus(total, 2)} nats over 130 tokens" in browser.evaluate(
             "document.querySelector('figcaption').innerText"
         )
@@ -217,8 +218,11 @@ def test_page_works_by_keyboard_and_mouse(fashion, tmp_path):
         tip = browser.evaluate(TIP)
         assert tip.startswith(f"scale 3 of 6, row 2, column 2: code {image['tokens'][9]}")
         for label, log_prob in zip(image["classes"], image["log_prob"], strict=True):
-            assert re.search(rf"{re.escape(found.class_names[label])}( target| rival)?\t{minus(log_prob[9])}\t", tip)
-        assert f"unconditional\t{minus(image['unconditional'][9])}" in tip
+            assert re.search(rf"{re.escape(found.class_names[label])}( target| rival)?\t{minus(log_prob[9])}", tip)
+        for role, log_prob, unconditional in zip(
+            ("target", "rival"), image["log_prob"], image["unconditional"], strict=False
+        ):
+            assert f" {role}\t{minus(log_prob[9])}\t{minus(unconditional[9])}\t" in tip
         described = browser.evaluate("document.activeElement.getAttribute('aria-describedby')")
         assert described == "tip"
 

@@ -29,8 +29,11 @@ def explain(
     classes: Classes = None,
     unconditional: Annotated[
         str,
-        typer.Option(help="What TMI compares with: mixture (the mean of the classes) or null (the null class)."),
-    ] = "mixture",
+        typer.Option(
+            help="What TMI compares with: others (the mean of the other classes), mixture (of all classes) or null "
+            "(the null class)."
+        ),
+    ] = "others",
     samples: Annotated[
         int, typer.Option(min=1, help="Average over so many samples of an image, the clean one included.")
     ] = 1,

@@ -52,7 +52,7 @@ def explain(
     target: str | None = None,
     contrast: str | None = None,
     samples: int = 1,
-    unconditional: str = "mixture",
+    unconditional: str = "others",
 ) -> Explained | None:
     """Explain picture files; those that cannot be read are told to `complain`. None if no file is left.
 

@@ -22,7 +22,7 @@ class TokenAttribution:
         classifier: VARClassifier,
         classes: Classes = None,
         *,
-        unconditional: Unconditional = "mixture",
+        unconditional: Unconditional = "others",
         rule: Rule = "area",
     ):
         """`classes` are the candidates (default: all); the others as for `explain` and `compose`."""

@@ -24,10 +24,12 @@ CELLS = 8  # cells a side, for methods that change a cell at a time
 SAMPLES = 128  # pictures that LIME and SHAP look at
 
 
-def random_order(pixels: Tensor, seed: int = 0) -> Tensor:
-    """Noise."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(len(pixels), *pixels.shape[2:], generator=generator).to(pixels)
+def random_order(pixels: Tensor, seed: int = 0, cells: int | None = None) -> Tensor:
+    """Noise, of every pixel or of so many square cells a side."""
+    size = pixels.shape[-1]
+    mask = cell_mask(pixels, size if cells is None else cells)
+    values = torch.rand(len(pixels), int(mask.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    return values.to(pixels)[:, mask]
 
 
 def centre(pixels: Tensor) -> Tensor:

@@ -70,9 +70,15 @@ def posterior_score(classifier: VARClassifier, classes: Tensor, temperature: flo
 
 
 def curves(
-    score: Score, pixels: Tensor, importance: Tensor, column: Tensor, steps: int = 16, baseline: Baseline = "blur"
+    score: Score,
+    pixels: Tensor,
+    importance: Tensor,
+    column: Tensor,
+    steps: int = 16,
+    insertion_baseline: Baseline = "blur",
+    deletion_baseline: Baseline = "grey",
 ) -> Curves:
-    """Insertion and deletion curves of B images.
+    """Insertion and deletion curves of B images. The default baselines are those of RISE.
 
     `pixels` (B, C, S, S) in [-1, 1]; `importance` (B, S, S), higher for what speaks more for the class, ties being
     broken from left to right and top to bottom; `column` (B,) of the explained class in the answers of `score`. In each
@@ -86,15 +92,15 @@ def curves(
         )
     if steps < 1:
         raise ValueError(f"steps: expected 1 or more, got {steps}")
-    empty = blank(pixels, baseline)
+    start, end = blank(pixels, insertion_baseline), blank(pixels, deletion_baseline)
     count = importance[0].numel()
     rank = torch.argsort(torch.argsort(importance.flatten(1), dim=1, descending=True, stable=True), dim=1)
     shares = torch.linspace(0, 1, steps + 1)
     inserted, deleted = [], []
     for share in shares.tolist():
         chosen = (rank < round(share * count)).view(len(pixels), 1, *importance.shape[1:])
-        inserted.append(torch.where(chosen, pixels, empty))
-        deleted.append(torch.where(chosen, empty, pixels))
+        inserted.append(torch.where(chosen, pixels, start))
+        deleted.append(torch.where(chosen, end, pixels))
     # All steps of all images in one call, for the classifier batches them better than a loop would.
     probability = score(torch.cat((*inserted, *deleted)))
     own = probability.gather(1, column.repeat(2 * len(shares)).unsqueeze(1)).view(2, len(shares), len(pixels))

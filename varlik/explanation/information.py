@@ -3,13 +3,18 @@
 A token r says `log p(r | coarser maps, y) - log p(r | what came before)` for class y: its token-wise mutual information
 (TMI). Summed over the tokens of an image that is log p(x | y) - log p(x). What stands for p(x) is a choice:
 
+- "others": the mean of p(x | y') over the candidate classes y' but y itself. The difference is the weight of evidence
+  for y: over all tokens it is what the image adds to the log-odds of y. Of the three this one gives the most faithful
+  maps (docs/explanations.md), and it is the default.
 - "mixture": the mean of p(x | y') over the candidate classes y', as the definition of mutual information asks. Taken
   token by token, the chain rule gives `log sum over y' of w(y') p(r | coarser maps, y')`, where w is the posterior
-  after the tokens before r, in the order of the token maps.
+  after the tokens before r, in the order of the token maps. Once the coarse maps have settled that posterior on y,
+  finer tokens can say nothing more, whatever they show.
 - "null": the null class, as the released code of A-VARC does. That says how much better y explains a token than the
   model without a class, which is no marginal of the classes' likelihoods.
 
-Source: A-VARC, ICLR 2026, section on explainability (TMI and its contrastive form).
+Sources: A-VARC, ICLR 2026, section on explainability (TMI and its contrastive form); "Probability and the Weighing of
+Evidence", Good 1950 (weight of evidence).
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
-Unconditional = Literal["mixture", "null"]
+Unconditional = Literal["others", "mixture", "null"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,10 @@ class Explanation:
     - `labels` (N,): the candidate classes, whose order columns follow; `target`, `rival` (B,): the class explained and
       the one it is set against.
     - `tokens` (B, L): the clean image's. `patch_nums`: side of each token map.
-    - `token_log_prob` (B, N, L): log p(token | coarser maps, class). `unconditional` (B, L): what stands for
-      log p(token | what came before), as `kind` says.
-    - `information` (B, L): TMI of the target, in nats. `rival_information` (B, L): of the rival.
-      `contrast` (B, L): log p(token | target) - log p(token | rival).
+    - `token_log_prob` (B, N, L): log p(token | coarser maps, class). `kind`: what stands for log p(token | what came
+      before). `null_log_prob` (B, L): of the null class, where that is the kind.
+    - `unconditional` (B, L): what stands beside the target. `information` (B, L): TMI of the target, in nats;
+      `rival_information` (B, L): of the rival. `contrast` (B, L): log p(token | target) - log p(token | rival).
 
     With several samples, log-probs are averaged over them.
     """
@@ -49,8 +54,8 @@ class Explanation:
     tokens: Tensor
     patch_nums: tuple[int, ...]
     token_log_prob: Tensor
-    unconditional: Tensor
     kind: Unconditional
+    null_log_prob: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -59,9 +64,14 @@ class Explanation:
         """The images of a slice."""
         if not isinstance(rows, slice):
             raise TypeError(f"rows: expected a slice, got {type(rows).__name__}")
-        names = ("target", "rival", "tokens", "token_log_prob", "unconditional")
+        names = ("target", "rival", "tokens", "token_log_prob")
         of_images: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        return replace(self, **of_images)
+        null = None if self.null_log_prob is None else self.null_log_prob[rows]
+        return replace(self, **of_images, null_log_prob=null)
+
+    @property
+    def unconditional(self) -> Tensor:
+        return self.unconditional_of(self.target)
 
     @property
     def information(self) -> Tensor:
@@ -69,7 +79,15 @@ class Explanation:
 
     @property
     def rival_information(self) -> Tensor:
-        return self._of(self.rival) - self.unconditional
+        return self._of(self.rival) - self.unconditional_of(self.rival)
+
+    def unconditional_of(self, classes: Tensor) -> Tensor:
+        """What stands for log p(token | what came before) beside one class an image, (B,): (B, L)."""
+        if self.null_log_prob is not None:
+            return self.null_log_prob
+        if self.kind == "mixture":
+            return mixture_log_prob(self.token_log_prob).to(self.token_log_prob.dtype)
+        return others_log_prob(self.token_log_prob, self._column(classes)).to(self.token_log_prob.dtype)
 
     @property
     def contrast(self) -> Tensor:
@@ -82,8 +100,11 @@ class Explanation:
 
     def _of(self, classes: Tensor) -> Tensor:
         """Token log-probs (B, L) of one class an image, (B,)."""
-        column = (self.labels == classes.unsqueeze(1)).int().argmax(1)
+        column = self._column(classes)
         return self.token_log_prob[torch.arange(len(self), device=column.device), column]
+
+    def _column(self, classes: Tensor) -> Tensor:
+        return (self.labels == classes.unsqueeze(1)).int().argmax(1)
 
 
 def explain(
@@ -96,7 +117,7 @@ def explain(
     samples: int = 1,
     sigma: float = 0.1,
     seed: int = 0,
-    unconditional: Unconditional = "mixture",
+    unconditional: Unconditional = "others",
 ) -> Explanation:
     """Token-wise mutual information of images with their classes.
 
@@ -110,7 +131,9 @@ def explain(
     `VARClassifier.token_log_prob`.
     """
     if unconditional not in get_args(Unconditional):
-        raise ValueError(f"unconditional: expected 'mixture' or 'null', got {unconditional!r}")
+        raise ValueError(
+            f"unconditional: expected {' or '.join(map(repr, get_args(Unconditional)))}, got {unconditional!r}"
+        )
     if samples < 1:
         raise ValueError(f"samples: expected 1 or more, got {samples}")
     labels = classifier.labels(classes)
@@ -121,14 +144,14 @@ def explain(
     targets = None if target is None else _chosen(classifier, target, labels, count, "target")
     rivals = None if contrast is None else _chosen(classifier, contrast, labels, count, "contrast")
     null = labels.new_tensor([classifier.null_class])
-    asked = labels if unconditional == "mixture" or null in labels else torch.cat((labels, null))
+    asked = labels if unconditional != "null" or null in labels else torch.cat((labels, null))
     found = _mean_log_prob(classifier, maps, asked, samples, Smoothing(sigma, seed))
     log_prob = found[:, : len(labels)]
-    marginal = mixture_log_prob(log_prob) if unconditional == "mixture" else found[:, asked == null][:, 0]
-    if unconditional == "null" and not torch.isfinite(marginal).all():
+    null_log_prob = found[:, asked == null][:, 0] if unconditional == "null" else None
+    if null_log_prob is not None and not torch.isfinite(null_log_prob).all():
         raise ValueError(
             f"unconditional: the null class of {classifier.name} gives no finite log-probs; "
-            "'mixture' and contrasts do without it"
+            "'others', 'mixture' and contrasts do without it"
         )
     scores = log_prob.double().sum(-1)
     if targets is None:
@@ -137,20 +160,29 @@ def explain(
         rivals = labels[scores.masked_fill(labels == targets.unsqueeze(1), -torch.inf).argmax(1)]
     if (rivals == targets).any():
         raise ValueError("contrast: expected another class than the target")
-    return Explanation(
-        labels, targets, rivals, maps.tokens, maps.patch_nums, log_prob, marginal.to(log_prob.dtype), unconditional
-    )
+    return Explanation(labels, targets, rivals, maps.tokens, maps.patch_nums, log_prob, unconditional, null_log_prob)
 
 
-def mixture_log_prob(token_log_prob: Tensor) -> Tensor:
+def mixture_log_prob(token_log_prob: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(token | tokens before it) under an even mixture of the classes, (B, L) float64, of (B, N, L).
 
-    Its sum over the tokens is the log of the mean over classes of p(tokens | class).
+    Its sum over the tokens is the log of the mean over classes of p(tokens | class). At another `temperature`, the
+    posterior that weights the classes at a token is taken at that temperature; what the sum is then the log of is
+    still a normalised p(x), for the weights depend on earlier tokens alone.
     """
     own = token_log_prob.double()
     before = own.cumsum(-1) - own
-    weights = before.log_softmax(1)
+    weights = (before / temperature).log_softmax(1)
     return (weights + own).logsumexp(1)
+
+
+def others_log_prob(token_log_prob: Tensor, column: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `mixture_log_prob`, of all classes but the one in `column` (B,): (B, L) float64, of (B, N, L)."""
+    count = token_log_prob.shape[1]
+    others = torch.arange(count - 1, device=column.device).expand(len(column), -1)
+    others = others + (others >= column.unsqueeze(1))
+    rows = torch.arange(len(column), device=column.device).unsqueeze(1)
+    return mixture_log_prob(token_log_prob[rows, others], temperature)
 
 
 def _mean_log_prob(classifier: VARClassifier, maps: TokenMaps, labels: Tensor, samples: int, how: Smoothing) -> Tensor:

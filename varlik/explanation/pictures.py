@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 
-MARGINAL = {"mixture": "the mean of the classes", "null": "the null class"}
+MARGINAL = {"others": "the other classes", "mixture": "the mean of the classes", "null": "the null class"}
 """What a class is compared with, in words."""
 
 _FOR, _AGAINST = "#D55E00", "#0072B2"
@@ -294,7 +294,7 @@ def _checked(explanation: Explanation, pixels: Tensor, names: Sequence[str], ima
     if len(names) < most:  # the null class comes after the last name
         raise ValueError(f"names: expected one for each class up to {most}, got {len(names)}")
     one = explanation[image : image + 1]
-    if not (one.token_log_prob.isfinite().all() and one.unconditional.isfinite().all()):
+    if not (one.token_log_prob.isfinite().all() and one.information.isfinite().all()):
         raise ValueError("explanation: expected finite log-probs, got NaN or infinity")
     return one
 

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ class Report:
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def unconditional(self) -> tuple[Tensor, Tensor]:
+        """What stands for log p(token | what came before) beside target and rival, (B, L) each."""
+        explanation = self.explanation
+        return explanation.unconditional, explanation.unconditional_of(explanation.rival)
+
     def data(self) -> dict[str, Any]:
         """All of it as what JSON can hold; `page/*.js` read it.
 
@@ -116,7 +123,7 @@ class Report:
             "posterior": [float(f"{posterior[column[label]].item():.4g}") for label in shown],
             "tokens": explanation.tokens[i].tolist(),
             "log_prob": _rounded(log_prob),
-            "unconditional": _rounded(explanation.unconditional[i]),
+            "unconditional": [_rounded(own[i]) for own in self.unconditional],  # beside target and rival
             "race": _rounded(race),
             "maps": maps,
             "stages": self._stages(i),
@@ -192,7 +199,7 @@ def report(
             f"explanation: expected one of {count} images with scales {maps.patch_nums}, "
             f"got {len(explanation)} with {explanation.patch_nums}"
         )
-    if not (explanation.token_log_prob.isfinite().all() and explanation.unconditional.isfinite().all()):
+    if not (explanation.token_log_prob.isfinite().all() and explanation.information.isfinite().all()):
         raise ValueError("explanation: expected finite log-probs, got NaN or infinity")
     prediction = classifier.classify(maps, explanation.labels, cascade, seed=seed)
     configs = classifier.var.config, classifier.vqvae.config

@@ -47,7 +47,8 @@ function flops(x) {
 function valuesOf(image, kind) {
   const [target, rival] = image.log_prob;
   if (kind === "contrast") return target.map((x, t) => x - rival[t]);
-  return (kind === "target" ? target : rival).map((x, t) => x - image.unconditional[t]);
+  const c = kind === "target" ? 0 : 1;
+  return image.log_prob[c].map((x, t) => x - image.unconditional[c][t]);
 }
 
 /** The map that is asked for: its side, rows of values, and the token values behind it. */
@@ -90,15 +91,16 @@ const heads = (...titles) => make("thead", {}, make("tr", {}, ...titles.map((tit
 
 /** One token: its log-prob under every class shown. */
 function aboutToken(image, k, i, j) {
-  const t = starts[k] + i * sides[k] + j, without = image.unconditional[t];
+  const t = starts[k] + i * sides[k] + j;
   const rows = image.classes.map((label, c) => {
-    const x = image.log_prob[c][t], role = c === 0 ? " target" : c === 1 ? " rival" : "";
-    return row(make("span", {}, named(label), role), plain(x), signed(x - without));
+    const x = image.log_prob[c][t], without = image.unconditional[c]?.[t], role = c === 0 ? " target" : c === 1 ? " rival" : "";
+    return row(make("span", {}, named(label), role), plain(x),
+      ...(without === undefined ? ["", ""] : [plain(without), signed(x - without)]));
   });
   return [
     make("strong", {}, `scale ${k + 1} of ${sides.length}, row ${i + 1}, column ${j + 1}: code ${image.tokens[t]}`),
-    make("table", {}, heads("class", "log p", "information"),
-      make("tbody", {}, ...rows, row("unconditional", plain(without), ""))),
+    make("table", {}, heads("class", "log p", "unconditional", "information"),
+      make("tbody", {}, ...rows)),
     make("div", {}, `target against rival ${signed(image.log_prob[0][t] - image.log_prob[1][t])}`),
   ];
 }
@@ -108,7 +110,7 @@ function aboutPlace(image, map, i, j) {
   const rows = sides.map((p, k) => {
     const [y, x] = [i, j].map((at) => Math.floor(((at + 0.5) * p) / side)), t = starts[k] + y * p + x;
     return row(`${k + 1}: ${y + 1}, ${x + 1}`, String(image.tokens[t]), plain(image.log_prob[0][t]),
-      plain(image.log_prob[1][t]), plain(image.unconditional[t]), signed(map.values[t]));
+      plain(image.log_prob[1][t]), plain(image.unconditional[0][t]), signed(map.values[t]));
   });
   const titles = ["scale: place", "code", "target", "rival", "uncond.", "value"];
   return [

@@ -122,9 +122,11 @@ function start() {
   byId("about").textContent = `${data.images.length} image${many ? "s" : ""}, ${data.candidates} candidate classes, ` +
     `${sides.length} scales of ${sides.map((p) => `${p}×${p}`).join(", ")} tokens.` +
     (data.decoded ? " The pictures are decoded from their tokens." : "");
-  byId("unconditional").textContent = data.kind === "mixture"
-    ? "“Without a class” is the mixture of the candidate classes, each as likely as the tokens before make it."
-    : "“Without a class” is the model’s null class.";
+  byId("unconditional").textContent = {
+    others: "“Without it” is the mixture of the other candidate classes, each as likely as the tokens before make it.",
+    mixture: "“Without it” is the mixture of all candidate classes, each as likely as the tokens before make it.",
+    null: "“Without it” is the model’s null class.",
+  }[data.kind];
   controls.scale.append(make("option", { value: "0" }, "all"),
     ...sides.map((p, k) => make("option", { value: String(k + 1) }, `${k + 1}: ${p}×${p}`)));
   const figures = data.images.map(mapFigure);
