@@ -1,6 +1,6 @@
 """Headless Chromium, driven over a pipe by the DevTools protocol with the standard library alone.
 
-`python tests/browser.py PAGE.html PICTURE.png [WIDTH [dark]]` takes a picture of a page from its top down.
+`python tests/browser.py PAGE.html PICTURE.png [WIDTH [HEIGHT [dark]]]` takes a picture of a page from its top down.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _high_pipe() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    wide = int(sys.argv[3]) if len(sys.argv) > 3 else 1280
-    with Browser(wide, dark=sys.argv[4:] == ["dark"]) as opened:
+    wide, tall = [int(number) for number in sys.argv[3:5]] + [1280, None][len(sys.argv[3:5]) :]
+    with Browser(wide, dark=sys.argv[5:] == ["dark"]) as opened:
         opened.open(Path(sys.argv[1]))
-        opened.picture(Path(sys.argv[2]))
+        opened.picture(Path(sys.argv[2]), tall)

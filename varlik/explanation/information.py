@@ -158,8 +158,9 @@ def explain(
         targets = labels[scores.argmax(1)]
     if rivals is None:
         rivals = labels[scores.masked_fill(labels == targets.unsqueeze(1), -torch.inf).argmax(1)]
-    if (rivals == targets).any():
-        raise ValueError("contrast: expected another class than the target")
+    same = (rivals == targets).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(f"contrast: expected another class than the target, but it is the target of images {same}")
     return Explanation(labels, targets, rivals, maps.tokens, maps.patch_nums, log_prob, unconditional, null_log_prob)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from varlik import images as image_files
-from varlik.cascade import AVARC_PLUS, AnyStage, Cascade, Race, Screen, Smooth, Stage
+from varlik.cascade import AVARC_PLUS, FAST, AnyStage, Cascade, Race, Screen, Smooth, Stage
 from varlik.classifier import Images, VARClassifier
 from varlik.explanation.information import Explanation, explain
 from varlik.explanation.maps import compose
@@ -167,12 +167,14 @@ def report(
     images: Images,
     explanation: Explanation | None = None,
     *,
-    cascade: Cascade | str = AVARC_PLUS,
+    cascade: Cascade | str | None = None,
     names: Sequence[str] | None = None,
     truth: Sequence[int | str | None] | None = None,
     seed: int = 0,
 ) -> Report:
     """What a page on B images shows: their explanation, and how a cascade classifies them among the same candidates.
+
+    The cascade is FAST by default, and A-VARC+ for a model without a calibration.
 
     `explanation` (default: `explain(classifier, images)`) is of these images, in this order. `names` (B,) default to
     the names of the files; `truth` (B,) are classes by index or name, None where one is not known. Of `TokenMaps` the
@@ -181,6 +183,8 @@ def report(
     Raises `ValueError` for an explanation of another number of images or other scales, names or truth of another
     length, an unknown class, and as `explain` and `VARClassifier.classify`.
     """
+    if cascade is None:
+        cascade = AVARC_PLUS if classifier.calibration is None else FAST
     cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
     decoded = isinstance(images, TokenMaps)
     if isinstance(images, TokenMaps):
