@@ -19,6 +19,7 @@ from varlik.evaluation.doctor import write_fixture
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing, VARConfig, VQVAEConfig
 from varlik.models.presets import BUNDLED
+from varlik.training.data import TrainingTokens
 from varlik.training.loop import LoopConfig
 from varlik.training.var import contrast_var, feature_maps, train_var
 from varlik.training.vqvae import train_vqvae
@@ -61,14 +62,12 @@ def train(recipe: Recipe, work: Path, folder: Path | None, out: Path | None, com
     training = recipe.data("train", folder)
     pixels = pixels_of(training, recipe.preprocessing)
     vqvae = train_vqvae(pixels, recipe.vqvae, recipe.vqvae_loop, work / "vqvae")
-    features = feature_maps(vqvae, pixels)
-    del pixels
     labels = torch.from_numpy(training.labels)
-    var = train_var(features, labels, vqvae.quantize, recipe.var, recipe.var_loop, work / "var", compiled=compiled)
+    data = TrainingTokens.from_features(feature_maps(vqvae, pixels), labels, vqvae.quantize, training.class_names)
+    del pixels
+    var = train_var(data, recipe.var, recipe.var_loop, work / "var", compiled=compiled)
     if recipe.contrast_loop:
-        var = contrast_var(
-            var, features, labels, vqvae.quantize, recipe.contrast_loop, work / "contrast", compiled=compiled
-        )
+        var = contrast_var(var, data, recipe.contrast_loop, work / "contrast", compiled=compiled)
     target = out or BUNDLED / recipe.name
     checkpoints.save(target, var, vqvae, training.class_names, recipe.preprocessing, dtype=torch.float32)
     if out is None:

@@ -105,9 +105,7 @@ def test_ten_images_of_a_hundred_classes_take_less_than_a_megabyte():
     images = classifier.tokenize(list(samples("glyphs-100").paths[:10]))
     log_prob = -9 * torch.rand(10, 100, images.tokens.shape[1], generator=torch.Generator().manual_seed(0))
     labels = classifier.labels()
-    explanation = Explanation(
-        labels, labels[:10], labels[10:20], images.tokens, images.patch_nums, log_prob, "others"
-    )
+    explanation = Explanation(labels, labels[:10], labels[10:20], images.tokens, images.patch_nums, log_prob, "others")
     text = page(report(classifier, images, explanation, cascade=varlik.FAST))
     assert len(text.encode()) < 300_000
     assert "http:" not in text

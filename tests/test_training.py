@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from training_case import VAR, VQ, loop, pictures, run_stopping, run_var, tokens
 
-from varlik.models.config import VARConfig, VQVAEConfig
-from varlik.training.loop import LoopConfig, batch_indices, learning_rate
+from varlik.training.data import TrainingTokens
+from varlik.training.loop import Part, batch_indices, build_optimizers, learning_rate, train
 from varlik.training.var import contrast_var, feature_maps, train_var
 from varlik.training.vqvae import FEATURE_STD, rescale_features, train_vqvae
-
-PATCH_NUMS = (1, 2)
-VQ = VQVAEConfig(
-    channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=4, in_channels=1, attention="mid only",
-    codebook_dim=4, vocab_size=16, patch_nums=PATCH_NUMS,
-)  # fmt: skip
-VAR = VARConfig(depth=1, embed_dim=16, num_heads=2, patch_nums=PATCH_NUMS, vocab_size=16, codebook_dim=4, num_classes=2)
-
-
-def pictures(n=64):
-    """Two classes: bright left half, bright top half, with noise. (n, 1, 4, 4) and labels (n,)."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(n) % 2
-    pixels = -0.8 * torch.ones(n, 1, 4, 4)
-    pixels[labels == 0, :, :, :2] = 0.8
-    pixels[labels == 1, :, :2, :] = 0.8
-    return (pixels + 0.1 * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1), labels
-
-
-def loop(steps, **changes):
-    values = {"batch_size": 16, "learning_rate": 5e-3, "warmup": 5, "checkpoint_every": 10, "log_every": 10, "seed": 3}
-    return LoopConfig(steps=steps, **(values | changes))
 
 
 @pytest.fixture(scope="module")
 def vqvae(tmp_path_factory):
     pixels, _ = pictures()
     return train_vqvae(pixels, VQ, loop(150), tmp_path_factory.mktemp("vqvae"), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def data(vqvae):
+    pixels, labels = pictures()
+    return TrainingTokens.from_features(feature_maps(vqvae, pixels), labels, vqvae.quantize, ("left", "top"))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scores_of(var, data):
+    """(n, 2) log-likelihood of all images."""
+    tokens, inputs, labels = data.batch(torch.arange(len(data)))
+    with torch.no_grad():
+        rows = [var(var.class_vectors(torch.full_like(labels, y)), inputs).log_softmax(-1) for y in range(2)]
+    return torch.stack([row.gather(-1, tokens[..., None]).sum((1, 2)) for row in rows], dim=1)
 
 
 def test_vqvae_learns(vqvae):
@@ -55,7 +55,7 @@ def test_dead_codes_come_back_to_life(tmp_path):
     pixels = quarters.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     used = {}
     for name, until in (("with", 0.8), ("without", -1.0)):
-        model = train_vqvae(pixels, VQ, loop(150), tmp_path / name, restarts_until=until, quiet=True)
+        model = train_vqvae(pixels, VQ, loop(100), tmp_path / name, restarts_until=until, quiet=True)
         with torch.no_grad():
             used[name] = model(pixels)[2].unique().numel()
     assert used["with"] > VQ.vocab_size // 2
@@ -75,74 +75,62 @@ def test_rescaling_features_changes_nothing_but_their_size(vqvae):
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 
-def test_var_learns_the_class(vqvae, tmp_path):
-    pixels, labels = pictures()
-    features = feature_maps(vqvae, pixels)
-    var = train_var(features, labels, vqvae.quantize, VAR, loop(120), tmp_path, quiet=True)
-    tokens, inputs = vqvae.quantize.tokenize(features)
-    with torch.no_grad():
-        scores = torch.stack(
-            [
-                var(var.class_vectors(torch.full_like(labels, y)), inputs)
-                .log_softmax(-1)
-                .gather(-1, tokens[..., None])
-                .sum((1, 2))
-                for y in range(2)
-            ],
-            dim=1,
-        )
-    assert (scores.argmax(1) == labels).double().mean() > 0.95
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_var_learns_the_class(data, tmp_path):
+    var = train_var(data, VAR, loop(120), tmp_path, quiet=True)
+    assert (scores_of(var, data).argmax(1) == data.labels).double().mean() > 0.95
+    losses = [record["loss"] for record in records(tmp_path)]
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_contrast_widens_margins_and_keeps_a_likelihood(vqvae, tmp_path):
-    pixels, labels = pictures()
-    labels = labels.clone()
+def test_contrast_widens_margins_and_keeps_a_likelihood(data, tmp_path):
+    labels = data.labels.clone()
     labels[:6] = 1 - labels[:6]  # some wrong labels, so that there is something to be mistaken about
-    features = feature_maps(vqvae, pixels)
-    tokens, inputs = vqvae.quantize.tokenize(features)
-    var = train_var(features, labels, vqvae.quantize, VAR, loop(40), tmp_path / "var", quiet=True)
+    data = replace(data, labels=labels)
+    var = train_var(data, VAR, loop(40), tmp_path / "var", quiet=True)
 
     def margins():
-        with torch.no_grad():
-            rows = [var(var.class_vectors(torch.full_like(labels, y)), inputs).log_softmax(-1) for y in range(2)]
-        scores = torch.stack([row.gather(-1, tokens[..., None]).sum((1, 2)) for row in rows], dim=1)
+        scores = scores_of(var, data)
         return (scores.gather(1, labels[:, None]) - scores.gather(1, 1 - labels[:, None])).squeeze(1)
 
     before = margins()
-    same = contrast_var(
-        var, features, labels, vqvae.quantize, loop(40), tmp_path / "contrast", weight=1.0, temperature=1.0, quiet=True
-    )
+    same = contrast_var(var, data, loop(40), tmp_path / "contrast", weight=1.0, temperature=1.0, quiet=True)
     assert same is var
     assert torch.nn.functional.softplus(-margins()).mean() < torch.nn.functional.softplus(-before).mean()
     assert "confusion" not in var.state_dict()
-    last = json.loads((tmp_path / "contrast" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = records(tmp_path / "contrast")[-1]
     assert last["loss"] == pytest.approx(last["nats_per_token"] + last["contrast"], rel=1e-5)
     assert last["nats_per_token"] < 1.1 * torch.log(torch.tensor(16.0)).item()
 
 
-def test_stop_leaves_the_schedule_alone(vqvae, tmp_path):
-    pixels, labels = pictures()
-    features = feature_maps(vqvae, pixels)
-    train_var(features, labels, vqvae.quantize, VAR, loop(40, stop=20), tmp_path, quiet=True)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [10, 20]
-    assert records[-1]["lr_share"] == pytest.approx(learning_rate(loop(40), 19))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 3}, "config: expected num_classes 2, as in the data, got 3"),
+        ({"vocab_size": 17}, "config: expected vocab_size 16"),
+        ({"patch_nums": (1, 2, 3)}, r"config: expected patch_nums \(1, 2\)"),
+    ],
+)
+def test_a_model_of_other_data_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train_var(tokens(), replace(VAR, **change), loop(2), tmp_path, quiet=True)
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_killed_and_resumed_equals_uninterrupted(vqvae, tmp_path, average, monkeypatch):
-    pixels, labels = pictures()
-    features = feature_maps(vqvae, pixels)
-    config = loop(30, average=average)
+def test_stop_leaves_the_schedule_alone(tmp_path):
+    train_var(tokens(), VAR, loop(40, stop=20), tmp_path, quiet=True)
+    assert [record["step"] for record in records(tmp_path)] == [10, 20]
+    assert records(tmp_path)[-1]["lr_share"] == pytest.approx(learning_rate(loop(40), 19))
+
+
+@pytest.mark.parametrize("changes", [{}, {"average": 0.9}, {"muon_rate": 1e-2}, {"precision": "float16"}])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, changes, monkeypatch):
+    data, config = tokens(), loop(30, **changes)
 
     def run(folder):
-        return train_var(features, labels, vqvae.quantize, VAR, config, folder, quiet=True).state_dict()
+        return train_var(data, VAR, config, folder, quiet=True).state_dict()
 
     whole = run(tmp_path / "whole")
 
-    import varlik.training.var as module
+    import varlik.training.loop as module
 
     calls = iter(range(10**6))
     real = module.batch_indices
@@ -160,12 +148,205 @@ def test_killed_and_resumed_equals_uninterrupted(vqvae, tmp_path, average, monke
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_checkpoint_of_another_configuration_is_refused(vqvae, tmp_path):
-    pixels, labels = pictures()
-    features = feature_maps(vqvae, pixels)
-    train_var(features, labels, vqvae.quantize, VAR, loop(10), tmp_path, quiet=True)
+def test_killed_before_its_first_checkpoint_a_run_starts_anew(tmp_path):
+    class Kill(Exception):
+        pass
+
+    def at_step(step):
+        if step == 3:
+            raise Kill
+
+    with pytest.raises(Kill):
+        run_stopping(tmp_path, at_step)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    run_stopping(tmp_path)
+    assert [record["step"] for record in records(tmp_path)][:4] == [1, 2, 3, 4]
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    data = tokens()
+    train_var(data, VAR, loop(10), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="another learning_rate"):
-        train_var(features, labels, vqvae.quantize, VAR, loop(10, learning_rate=1.0), tmp_path, quiet=True)
+        train_var(data, VAR, loop(10, learning_rate=1.0), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="another depth"):
+        train_var(data, replace(VAR, depth=2), loop(10), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="another size"):
+        train_var(data.of_rows(torch.arange(40)), VAR, loop(10), tmp_path, quiet=True)
+    train_var(data, VAR, loop(10, log_every=3, checkpoint_every=7, accumulate=2), tmp_path, quiet=True)
+
+
+def test_patience_ends_a_run_and_the_best_weights_stay(tmp_path):
+    model = run_stopping(tmp_path)
+    scores = {record["step"]: record["score"] for record in records(tmp_path) if "score" in record}
+    best = max(scores, key=scores.get)
+    assert list(scores) == list(range(3, best + 10, 3))  # three more validations, then the end, long before step 60
+    assert best + 9 < 60
+    at_best = run_stopping(tmp_path / "until best", stop=best, patience=0, evaluate_every=best)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), at_best.parameters(), strict=True))
+    # A finished run is not trained further.
+    again = run_stopping(tmp_path, at_step=lambda step: pytest.fail("trained on"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_validation_sees_averaged_weights_and_leaves_the_others_alone(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    course, seen = [0.0], []
+
+    def loss_of_part(part):
+        return (model.weight - 1).square().mean(), {}
+
+    config = loop(6, average=0.75, warmup=1, evaluate_every=2, weight_decay=0.0)
+    train(
+        model, loss_of_part, config, tmp_path, 16, quiet=True,
+        after_step=lambda step: course.append(model.weight.item()) or {},
+        validate=lambda step: seen.append(model.weight.item()) or -step,
+    )  # fmt: skip
+    averages = [0.0]
+    for value in course[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * value)
+    assert seen == pytest.approx([averages[2], averages[4], averages[6]], rel=1e-6)
+    assert model.weight.item() == pytest.approx(averages[2], rel=1e-6)  # its score was the best
+
+
+def test_parts_cut_the_batch_of_a_step(tmp_path):
+    seen = []
+
+    def loss_of_part(part):
+        seen.append(part)
+        return model(torch.ones(1, 1)).sum(), {"first": float(part.indices[0])}
+
+    model = nn.Linear(1, 1)
+    config = loop(2, accumulate=4, log_every=1)
+    train(model, loss_of_part, config, tmp_path, 40, quiet=True)
+    assert [part.step for part in seen] == [0] * 4 + [1] * 4
+    for step in (0, 1):
+        rows = batch_indices(config, step, 40)
+        parts = seen[4 * step : 4 * step + 4]
+        assert all(torch.equal(part.rows, rows) for part in parts)
+        assert torch.equal(torch.cat([part.indices for part in parts]), rows)
+        assert records(tmp_path)[step]["first"] == rows[::4].double().mean().item()
+    assert Part(0, torch.arange(6), slice(2, 4)).indices.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_alike(tmp_path, precision):
+    full = run_var(tmp_path / "full")
+    half = run_var(tmp_path / precision, precision=precision)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("full", precision)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] != losses[1]
+    assert any(not torch.equal(a, b) for a, b in zip(full.parameters(), half.parameters(), strict=True))
+
+
+def test_a_gradient_too_large_for_float16_costs_a_step_and_half_the_scale(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    before, course = model.weight.item(), []
+
+    def loss_of_part(part):
+        if part.step == 1 and len(course) == 1:
+            course.append(None)
+            raise KeyboardInterrupt
+        factor = float("inf") if part.step == 0 else 1.0
+        # Finite itself; its gradient is not, as when the scaled one overflows.
+        return _Overflow.apply(model.weight, factor), {}
+
+    def run():
+        config = loop(2, precision="float16", log_every=1, checkpoint_every=1, warmup=1)
+        after = lambda step: course.append(model.weight.item()) or {}  # noqa: E731
+        train(model, loss_of_part, config, tmp_path, 16, after, quiet=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    run()
+    assert course[0] == before
+    assert course[2] != before
+    # Half of where it starts, after the interruption too.
+    assert [record["loss_scale"] for record in records(tmp_path)] == [2.0**15, 2.0**15]
+
+
+class _Overflow(torch.autograd.Function):
+    """Zero, with a gradient of `factor`."""
+
+    @staticmethod
+    def forward(ctx, weight, factor):
+        ctx.factor = factor
+        return weight.sum() * 0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * ctx.factor).reshape(1, 1), None
+
+
+@pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
+def test_what_is_not_finite_ends_the_run(tmp_path, what):
+    model = nn.Linear(1, 1, bias=False)
+
+    def loss_of_part(part):
+        if part.step < 4:
+            return model.weight.sum(), {}
+        return (model.weight / 0).sum() if what == "loss" else _Overflow.apply(model.weight, float("inf")), {}
+
+    with pytest.raises(FloatingPointError, match=f"{what} is -?inf at step 4"):
+        train(model, loss_of_part, loop(8, checkpoint_every=2), tmp_path, 16, quiet=True)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    assert torch.isfinite(state["model"]["weight"]).all()
+
+
+def test_frozen_parameters_stay(tmp_path):
+    model = nn.ModuleDict({"blocks": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    model["blocks"].weight.requires_grad_(False)
+    frozen = model["blocks"].weight.clone()
+    config = loop(3, muon_rate=1e-2)
+    assert len(build_optimizers(model, config)) == 1
+
+    def loss_of_part(part):
+        return model["head"](model["blocks"](torch.ones(1, 2))).square().sum(), {}
+
+    train(model, loss_of_part, config, tmp_path, 16, quiet=True)
+    assert torch.equal(model["blocks"].weight, frozen)
+
+
+def test_settings_that_make_no_sense_are_refused(tmp_path):
+    for changes, message in (
+        ({"precision": "float8"}, "precision: expected one of float32, float16, bfloat16, got 'float8'"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"patience": 2}, "patience: 2 needs evaluate_every"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loop(5, **changes)
+    with pytest.raises(ValueError, match="evaluate_every: 2, but this training has nothing to validate with"):
+        train_var(tokens(), VAR, loop(4, evaluate_every=2), tmp_path, quiet=True)
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"tensorboard: is not installed: .*varlik\[train\]"):
+        run_stopping(tmp_path, tensorboard=True)
+
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run_stopping(tmp_path, tensorboard=True)
+    assert written[0] == (str(tmp_path / "tensorboard"), 1)
+    assert written[-1] == "closed"
+    for record in records(tmp_path):
+        assert ("loss", record["loss"], record["step"]) in written
 
 
 def test_epochs_are_permutations():

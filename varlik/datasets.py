@@ -1,20 +1,23 @@
-"""Labelled images for training and evaluation, read from files that are already on this machine.
+"""Labelled images for training and evaluation: those of the bundled models, IDX files, folders, Hugging Face data sets.
 
-Nothing is downloaded. Fashion-MNIST (Xiao et al. 2017, MIT licence) is packaged by Debian as `dataset-fashion-mnist`;
-any folder with the four IDX files of the MNIST family, gzipped or not, is read the same way. Glyphs-100 is rendered
-from fonts by `examples/glyphs_100.py`.
+Fashion-MNIST (Xiao et al. 2017, MIT licence) is packaged by Debian as `dataset-fashion-mnist`; any folder with the four
+IDX files of the MNIST family, gzipped or not, is read the same way. Glyphs-100 is rendered from fonts by
+`examples/glyphs_100.py`. Nothing is downloaded, but what `datasets.load_dataset` fetches where it is asked to.
+
+Every kind is an `ImageSource`: labels at once, images one at a time.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -34,8 +37,32 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 GLYPHS_100_FILE = "glyphs-100.npz"
 HELD_OUT = 5_000  # the last images of the training files: for choices, never for training
 
+PICTURE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".pbm", ".pgm", ".ppm", ".pnm"),
+)
+"""What a file in a folder must end in to be taken for a picture, in any case."""
+
 Split = Literal["train", "held-out", "test"]
 SPLITS = ("train", "held-out", "test")
+
+
+class ImageSource(Protocol):
+    """Labelled images that need not fit in memory: `labels` (n,) int64 indexing `class_names`."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Any:
+        """One image, as `varlik.images.load` takes it. It may turn out not to be readable."""
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that stand for the images and their labels."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +79,155 @@ class LabelledImages:
     def __getitem__(self, rows: slice) -> LabelledImages:
         return LabelledImages(self.images[rows], self.labels[rows], self.class_names)
 
+    def image(self, index: int) -> np.ndarray:
+        """(H, W) uint8."""
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        """Of all pixels and labels."""
+        return _digest(self.images.shape, self.images, self.labels, self.class_names)
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Picture files `paths` (n) below `root`, read when asked for; `labels` (n,) int64 indexing `class_names`."""
+
+    root: Path
+    paths: tuple[Path, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Path:
+        """The file's path."""
+        return self.paths[index]
+
+    def fingerprint(self) -> str:
+        """Of the files' names and sizes, and the labels: wherever the folder lies, whenever it was copied."""
+        files = [f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}" for path in self.paths]
+        return _digest(files, self.labels, self.class_names)
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """The rows of a Hugging Face `datasets.Dataset`, decoded when asked for; `column` holds the images."""
+
+    table: Any
+    column: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Any:
+        """A PIL image."""
+        return self.table[index][self.column]
+
+    def fingerprint(self) -> str:
+        """The one that `datasets` keeps of a table, and the labels."""
+        return _digest(self.table._fingerprint, self.column, self.labels, self.class_names)
+
+
+def image_folder(folder: str | Path) -> PictureFiles:
+    """Pictures in folders named after their classes, one sub-folder of `folder` a class, in the order of their names.
+
+    Pictures may lie deeper. Hidden files and folders and what has no picture's name are left out. Raises
+    `FileNotFoundError` for a folder that is not there, `ValueError` for one without sub-folders or a class without
+    pictures.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{root}: expected one sub-folder for each class, found none")
+    paths, labels = [], []
+    for label, sub in enumerate(classes):
+        found = sorted(path for path in sub.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+        found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        if not found:
+            raise ValueError(f"{sub}: expected pictures of the class {sub.name!r}, found none")
+        paths += found
+        labels += [label] * len(found)
+    return PictureFiles(root, tuple(paths), np.array(labels, np.int64), tuple(path.name for path in classes))
+
+
+def hugging_face(
+    name: str | Path, split: str = "train", image: str | None = None, label: str | None = None
+) -> TableImages:
+    """One split of a Hugging Face data set: a name for `datasets.load_dataset`, or a folder that `save_to_disk` wrote.
+
+    `image` and `label` name the columns (default: the one of type `Image`, the one of type `ClassLabel`). A label
+    column of integers without names is taken too where it is named; classes are then called by their numbers.
+    Raises `ImportError` without `datasets`, `ValueError` for a split or column that is not there, images of a wrong
+    type, a row without a label, and where a column has to be named.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Hugging Face data sets need the extra: pip install 'varlik[train]'") from error
+
+    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
+        table = datasets.load_from_disk(str(name))
+    else:
+        table = datasets.load_dataset(str(name), split=split)
+    if isinstance(table, dict):
+        if split not in table:
+            raise ValueError(f"split: {name} has {', '.join(table)}, got {split!r}")
+        table = table[split]
+    column = _column(table.features, image, datasets.Image, "image", name)
+    labels = _column(table.features, label, datasets.ClassLabel, "label", name)
+    if not isinstance(table.features[column], datasets.Image):
+        raise ValueError(f"image: column {column!r} of {name} holds {table.features[column]}, no images")
+    found = list(table[labels])
+    if not all(isinstance(value, int) and value >= 0 for value in found):
+        raise ValueError(f"label: column {labels!r} of {name} has rows without a class (only 0, 1, 2, ... are classes)")
+    feature = table.features[labels]
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+    else:
+        names = tuple(map(str, range(max(found, default=-1) + 1)))
+    return TableImages(table, column, np.array(found, np.int64), names)
+
+
+def _column(features: Any, named: str | None, kind: type, what: str, name: str | Path) -> str:
+    if named is not None:
+        if named not in features:
+            raise ValueError(f"{what}: {name} has columns {', '.join(features)}, got {named!r}")
+        return named
+    fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(fitting) != 1:
+        found = ", ".join(fitting) or "none"
+        raise ValueError(
+            f"{what}: name the column, one of {', '.join(features)}; of type {kind.__name__} there is {found}"
+        )
+    return fitting[0]
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()
+
+
+def idx_folder(folder: str | Path, split: str = "train") -> LabelledImages:
+    """A folder with the IDX files of the MNIST family; `split` is "train" or "test". Classes are called by numbers.
+
+    Raises `FileNotFoundError` saying what is absent and `ValueError` for an unknown split, a damaged file or a class
+    without images.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    images, labels = _idx_pair(Path(folder), "t10k" if split == "test" else "train")
+    counts = np.bincount(labels)
+    if (counts == 0).any():
+        raise ValueError(f"{folder}: no image of class {counts.argmin()}, though labels go up to {len(counts) - 1}")
+    return LabelledImages(images, labels, tuple(map(str, range(len(counts)))))
+
 
 def fashion_mnist(split: Split, folder: str | Path | None = None) -> LabelledImages:
     """Fashion-MNIST, 28 x 28 greyscale: 55,000 images to train on, 5,000 held out, 10,000 to test.
@@ -61,11 +237,7 @@ def fashion_mnist(split: Split, folder: str | Path | None = None) -> LabelledIma
     """
     _check_split(split)
     folder = FASHION_MNIST_FOLDER if folder is None else Path(folder)
-    prefix = "t10k" if split == "test" else "train"
-    images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"))
-    labels = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte")).astype(np.int64)
-    if len(images) != len(labels):
-        raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    images, labels = _idx_pair(folder, "t10k" if split == "test" else "train")
     data = LabelledImages(images, labels, FASHION_MNIST_CLASSES)
     return {"train": data[:-HELD_OUT], "held-out": data[-HELD_OUT:], "test": data}[split]
 
@@ -120,6 +292,14 @@ def read_idx(path: str | Path) -> np.ndarray:
     if zero != 0 or kind != 0x08 or data.size != int(np.prod(shape)):
         raise ValueError(f"{path}: not an IDX file of unsigned bytes, or cut short")
     return data.reshape(shape)
+
+
+def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"))
+    labels = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte")).astype(np.int64)
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    return images, labels
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -18,6 +18,7 @@ from varlik.cli.checkpoints import convert, models
 from varlik.cli.explanations import explain
 from varlik.cli.measure import benchmark, doctor, flops
 from varlik.cli.shared import complain, console, show_warning
+from varlik.cli.training import train
 
 __all__ = ["app", "console", "main"]
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (classify, explain, models, demo, doctor, calibrate, convert, flops, benchmark):
     app.command()(command)
+app.add_typer(train, name="train")
 
 
 def main() -> None:

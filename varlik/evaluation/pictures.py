@@ -12,14 +12,9 @@ from torch import Tensor
 
 from varlik import images as image_files
 from varlik.classifier import VARClassifier
+from varlik.datasets import PICTURE_SUFFIXES
 from varlik.models.presets import imagenet_class_names, imagenet_synset_ids
 from varlik.tokens import ENCODE_BATCH, TokenMaps
-
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".pbm", ".pgm", ".ppm", ".pnm"),
-)
-"""What a file in a folder must end in to be taken for a picture, in any case."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ def find(places: Iterable[str | Path]) -> tuple[Path, ...]:
                 raise FileNotFoundError(f"{place}: no such file or folder")
             found[place] = None
             continue
-        below = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        below = sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
         below = [path for path in below if not any(part.startswith(".") for part in path.relative_to(place).parts)]
         if not below:
             raise ValueError(f"{place}: no pictures in this folder or below it")

@@ -25,25 +25,25 @@ def score_table(
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """log p(r_k | r_<k, class) of every scale, summed over its tokens: (B, N, K) float32, for `labels` (N,).
+    """log p(r_k | r_<k, class) of every scale, summed over its tokens: (B, N, K) float32, for `labels` (N,) or (B, N).
 
     With a `folder`, finished parts are kept in files there, named by a digest of all that decides them (weights,
     precision, classes, tokens, inputs), and read when asked for again; damaged ones are computed anew.
     `progress` is told how many of all images are done. Raises as `Engine.open`, and `OSError` for a folder that cannot
     be written.
     """
-    key = _key(engine, labels) if folder is not None else ""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    engine.prepare(labels)
+    engine.prepare(labels.unique())
     parts = []
     for first in range(0, len(images), SHARD):
         batch = images[first : first + SHARD]
-        file = None if folder is None else folder / f"{_digest(key, batch)}.safetensors"
-        shape = (len(batch), len(labels), engine.config.num_scales)
+        own = labels if labels.dim() == 1 else labels[first : first + SHARD]
+        file = None if folder is None else folder / f"{_digest(_key(engine, own), batch)}.safetensors"
+        shape = (len(batch), labels.shape[-1], engine.config.num_scales)
         found = _read(file, shape)
         if found is None:
-            found = _scores(engine, batch, labels)
+            found = _scores(engine, batch, own.expand(len(batch), -1))
             _write(file, found)
         parts.append(found)
         if progress is not None:
@@ -52,10 +52,10 @@ def score_table(
 
 
 def _scores(engine: Engine, images: TokenMaps, labels: Tensor) -> Tensor:
-    rows = engine.open(images, labels.expand(len(images), -1))
+    rows = engine.open(images, labels)
     try:
         engine.advance(rows, engine.config.num_scales, retain=0)
-        return rows.log_likelihood.view(len(images), len(labels), -1).cpu()
+        return rows.log_likelihood.view(*labels.shape, -1).cpu()
     finally:
         engine.close(rows)
 

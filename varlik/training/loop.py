@@ -1,27 +1,33 @@
 """A plain training loop that can be killed at any step and resumed bit for bit.
 
 Every random decision is a function of (seed, step), so a checkpoint needs weights, optimiser state and the step alone.
+A step's batch is cut into equal parts, for several processes, for little memory, or both: whatever the number of parts,
+the step sees the same images and takes the same random decisions.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from varlik.training import distributed
+from varlik.training.metrics import Metrics, MetricsLog
 from varlik.training.muon import Muon
 
-Metrics = dict[str, float]
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# How a run is carried out is no part of what is computed, so it may change when a run is resumed.
+_FREE = {"checkpoint_every", "log_every", "accumulate", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,12 @@ class LoopConfig:
     `stop` ends the run early, before the rate has fallen, for another stage to go on from (0: run all steps).
     `muon_rate` is the peak rate of Muon on the matrices of transformer blocks (0: AdamW takes them like all others).
     `checkpoint_every` and `log_every` are in steps; `average` is the decay of the weights' moving average (0: none).
+    `accumulate` is the number of parts in which a process takes its share of a batch, one after the other.
+    `precision` is that of matrix products; weights, sums and normalisation stay in float32.
+    Every `evaluate_every` steps the model is validated (0: never), and after `patience` validations without improvement
+    the run ends (0: it never ends early). `tensorboard` writes the metrics for TensorBoard too.
+
+    Raises `ValueError` for a value that makes no sense.
     """
 
     steps: int
@@ -48,6 +60,38 @@ class LoopConfig:
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 50
+    accumulate: int = 1
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    evaluate_every: int = 0
+    patience: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.patience and not self.evaluate_every:
+            raise ValueError(f"patience: {self.patience} needs evaluate_every, which is 0")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a step's batch that one backward pass of one process sees.
+
+    `rows` (batch_size,) are the indices into the data of the whole batch, the same on every process; `own` says which
+    of them this part holds. Random decisions are drawn for all rows, from `generator(seed, step)`, and cut with `own`.
+    """
+
+    step: int
+    rows: Tensor
+    own: slice
+
+    @property
+    def indices(self) -> Tensor:
+        """Indices into the data of this part, (batch_size / parts,)."""
+        return self.rows[self.own]
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -80,12 +124,16 @@ def _permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 
 def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with weight decay on matrices only; with `config.muon_rate`, Muon takes the matrices of `model.blocks`."""
+    """AdamW with weight decay on matrices only; with `config.muon_rate`, Muon takes the matrices of `model.blocks`.
+
+    Parameters that require no gradient are left alone.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = []
     if config.muon_rate:
-        matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+        matrices = [p for name, p in trainable if name.startswith("blocks.") and p.dim() == 2]
     taken = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    others = [p for _, p in trainable if id(p) not in taken]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
@@ -99,101 +147,214 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def train(
     model: Model,
-    loss_of_step: Callable[[int], tuple[Tensor, Metrics]],
+    loss_of_part: Callable[[Part], tuple[Tensor, Metrics]],
     config: LoopConfig,
     folder: str | Path,
+    size: int,
     after_step: Callable[[int], Metrics] | None = None,
+    validate: Callable[[int], float] | None = None,
+    settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Model:
-    """Run `config.steps` steps and leave the trained (if asked for, averaged) weights in `model`.
+    """Run `config.steps` steps on batches of `size` items and leave the trained weights in `model`, on its device.
 
-    `loss_of_step(step)` returns the loss and figures to log; `after_step(step)` may act on the model after the update.
+    `loss_of_part(part)` returns the mean loss over the part's own rows and figures to log; the step's loss, gradients
+    and figures are the means over all parts of all processes, so every part must use the same parameters.
+    `after_step(step)` may act on the model after the update, alike in every process.
+    `validate(step)` returns a score, higher is better; it sees the averaged weights if there are any, in evaluation
+    mode and without gradients. It runs in every process, and what process 0 finds counts. With validation the best
+    weights are those that are left in the model, else the averaged or the last ones.
+    `settings` are further values the run depends on, of types that JSON knows.
+
     `folder` receives `checkpoint.pt`, written atomically, and `metrics.jsonl`; a run resumes from a checkpoint found
-    there. Raises `ValueError` if that checkpoint belongs to another configuration.
+    there. Started by torchrun, process 0 writes and all must see the folder.
+
+    Raises `ValueError` if that checkpoint belongs to another configuration, if the batch cannot be cut into equal parts
+    or if `config` asks for validation and there is none; `FloatingPointError` if the loss, its gradient or a score is
+    not finite.
     """
+    world = distributed.world()
+    parts = world.size * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size: expected a multiple of {parts} ({world.size} processes, {config.accumulate} parts in each), "
+            f"got {config.batch_size}"
+        )
+    if config.evaluate_every and validate is None:
+        raise ValueError(f"evaluate_every: {config.evaluate_every}, but this training has nothing to validate with")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    optimizers = build_optimizers(model, config)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    averaged = {k: v.clone() for k, v in model.state_dict().items()} if config.average else {}
-    first = _resume(folder, model, optimizers, averaged, config)
-    columns = (
-        TextColumn(folder.name),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    started = time.monotonic()
-    with Progress(*columns, disable=quiet) as progress, open(folder / "metrics.jsonl", "a") as log:
-        end = min(config.stop or config.steps, config.steps)
-        bar = progress.add_task("", total=end, completed=first, note="")
-        for step in range(first, end):
-            rate = learning_rate(config, step)
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                for group, value in zip(optimizer.param_groups, peak, strict=True):
-                    group["lr"] = value * rate
-            loss, metrics = loss_of_step(step)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {loss.item()} at step {step}; last checkpoint: {folder / 'checkpoint.pt'}"
-                )
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for optimizer in optimizers:
-                optimizer.step()
-            _update_average(averaged, model, config.average)
-            metrics = metrics | (after_step(step) if after_step else {})
-            done = step + 1
-            if done % config.log_every == 0 or done == end:
-                record = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "lr_share": rate, **metrics}
-                record["seconds"] = round(time.monotonic() - started, 1)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                progress.update(bar, completed=done, note=f"loss {record['loss']:.4f}")
-            if done % config.checkpoint_every == 0 or done == end:
-                _save(folder, model, optimizers, averaged, config, done)
-    if averaged:
-        model.load_state_dict(averaged)
+    run = _Run(model, config, {"size": size, **(settings or {})})
+    run.resume(folder / "checkpoint.pt")
+    started = time.monotonic() - run.seconds
+    end = min(config.stop or config.steps, config.steps)
+    log = MetricsLog(folder, run.step, end, config.tensorboard, quiet) if world.main else None
+    with log or nullcontext():
+        while run.step < end and not run.gave_up:
+            step, done = run.step, run.step + 1
+            metrics = run.update(loss_of_part, batch_indices(config, step, size))
+            if after_step:
+                metrics |= after_step(step)
+            evaluates = bool(config.evaluate_every) and (done % config.evaluate_every == 0 or done == end)
+            if evaluates and validate:
+                metrics["score"] = run.evaluate(validate)
+            run.step, run.seconds = done, time.monotonic() - started
+            last = done == end or run.gave_up
+            if log:
+                log.advance(done)
+                if evaluates or done % config.log_every == 0 or last:
+                    log.write({"step": done, **metrics, "seconds": round(run.seconds, 1)})
+                if done % config.checkpoint_every == 0 or last:
+                    run.save(folder / "checkpoint.pt")
+    distributed.wait()
+    run.finish()
     return model
 
 
-@torch.no_grad()
-def _update_average(averaged: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    if not averaged:
-        return
-    names, old = zip(*averaged.items(), strict=True)
-    current = model.state_dict()
-    torch._foreach_lerp_(list(old), [current[name] for name in names], 1 - decay)
+class _Run:
+    """All that changes while a model trains, and is in its checkpoint."""
 
+    def __init__(self, model: nn.Module, config: LoopConfig, settings: dict[str, Any]):
+        self.model, self.config, self.settings = model, config, settings
+        self.device = next(model.parameters()).device
+        self.world = distributed.join(self.device)
+        distributed.broadcast_(list(model.state_dict().values()))
+        self.optimizers = build_optimizers(model, config)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.averaged = {k: v.clone() for k, v in model.state_dict().items()} if config.average else {}
+        # float16 alone has too little range for gradients.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.best: dict[str, Any] = {}
+        self.step = 0
+        self.seconds = 0.0
 
-def _save(folder: Path, model, optimizers, averaged, config: LoopConfig, step: int) -> None:
-    state = {
-        "step": step,
-        "config": asdict(config),
-        "model": model.state_dict(),
-        "averaged": averaged,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-    partial = folder / "checkpoint.pt.partial"
-    torch.save(state, partial)
-    os.replace(partial, folder / "checkpoint.pt")
+    def update(self, loss_of_part: Callable[[Part], tuple[Tensor, Metrics]], rows: Tensor) -> Metrics:
+        """One step of all optimisers on a batch (batch_size,)."""
+        rate = learning_rate(self.config, self.step)
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group, value in zip(optimizer.param_groups, peak, strict=True):
+                group["lr"] = value * rate
+        metrics = self._gradients(loss_of_part, rows)
+        self._check(metrics["loss"], "loss")
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        # A scale too large for float16 shows here; the scaler lowers it and this step is lost.
+        if norm.isfinite():
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self._update_average()
+        elif not self.scaler.is_enabled():
+            self._check(norm.item(), "norm of the gradient")
+        self.scaler.update()
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        loss = metrics.pop("loss")
+        return {"loss": loss, "grad_norm": norm.item(), "lr_share": rate, **scale, **metrics}
 
+    def _gradients(self, loss_of_part: Callable[[Part], tuple[Tensor, Metrics]], rows: Tensor) -> Metrics:
+        """Leave the batch's gradients in the parameters and return its loss and figures, alike in every process."""
+        count, dtype = self.config.accumulate, PRECISIONS[self.config.precision]
+        share = len(rows) // (self.world.size * count)
+        self.model.zero_grad(set_to_none=True)
+        found = []
+        for i in range(self.world.rank * count, (self.world.rank + 1) * count):
+            part = Part(self.step, rows, slice(i * share, (i + 1) * share))
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                loss, metrics = loss_of_part(part)
+            self.scaler.scale(loss / count).backward()
+            found.append({"loss": loss.item(), **metrics})
+        means = {name: sum(figures[name] for figures in found) / count for name in found[0]}
+        if self.world.size == 1:
+            return means
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        values = torch.tensor(list(means.values()), dtype=gradients[0].dtype, device=self.device)
+        distributed.average_([*gradients, values])
+        return dict(zip(means, values.tolist(), strict=True))
 
-def _resume(folder: Path, model, optimizers, averaged, config: LoopConfig) -> int:
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    # How often to write is no part of what is computed, so it may change between runs.
-    ignored = {"checkpoint_every", "log_every"}
-    differing = [k for k, v in asdict(config).items() if k not in ignored and state["config"].get(k) != v]
-    if differing:
-        raise ValueError(f"{path} was written with another {', '.join(differing)}: remove it or use another folder")
-    model.load_state_dict(state["model"])
-    for name, tensor in state["averaged"].items():
-        averaged[name].copy_(tensor)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
+    def _check(self, value: float, name: str) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value} at step {self.step}; the last checkpoint is from before")
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.averaged:
+            current = self.model.state_dict()
+            torch._foreach_lerp_(
+                list(self.averaged.values()), [current[name] for name in self.averaged], 1 - self.config.average
+            )
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the last `patience` validations brought no improvement."""
+        return bool(self.config.patience and self.best) and self.best["since"] >= self.config.patience
+
+    def evaluate(self, validate: Callable[[int], float]) -> float:
+        """Validate after the current step and remember the weights if they are the best so far."""
+        was_training = self.model.training
+        current = {k: v.clone() for k, v in self.model.state_dict().items()} if self.averaged else {}
+        if self.averaged:
+            self.model.load_state_dict(self.averaged)
+        self.model.eval()
+        with torch.no_grad():
+            found = torch.tensor(float(validate(self.step)), dtype=torch.float64)
+        distributed.broadcast_([found])
+        score = found.item()
+        self._check(score, "score of the validation")
+        if not self.best or score > self.best["score"]:
+            kept = {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+            self.best = {"score": score, "since": 0, "weights": kept}
+        else:
+            self.best["since"] += 1
+        if current:
+            self.model.load_state_dict(current)
+        self.model.train(was_training)
+        return score
+
+    def finish(self) -> None:
+        """Leave the best, averaged or last weights in the model."""
+        chosen = self.best["weights"] if self.best else self.averaged
+        if chosen:
+            self.model.load_state_dict(chosen)
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint; a kill in the middle leaves the one before."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": asdict(self.config),
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged,
+            "best": self.best,
+            "scaler": self.scaler.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """Take over a checkpoint, if there is one, onto the model's device."""
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            mine = {k: v for k, v in asdict(self.config).items() if k not in _FREE} | self.settings
+            theirs = state["config"] | state.get("settings", {})
+            differing = [name for name in mine if name not in theirs or theirs[name] != mine[name]]
+            if differing:
+                raise ValueError(
+                    f"{path} was written with another {', '.join(differing)}: remove it or use another folder"
+                )
+            self.model.load_state_dict(state["model"])
+            for name, tensor in state["averaged"].items():
+                self.averaged[name].copy_(tensor)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.scaler.load_state_dict(state["scaler"])
+            self.best, self.step, self.seconds = state["best"], state["step"], state["seconds"]
+        first = torch.tensor(self.step)
+        distributed.broadcast_([first])
+        if first != self.step:
+            raise RuntimeError(f"{path}: process 0 found step {first}, this one {self.step}: do they see one folder?")

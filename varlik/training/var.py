@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varlik.models.config import VARConfig
-from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
-from varlik.training.loop import LoopConfig, Metrics, batch_indices, generator, train
+from varlik.training import distributed
+from varlik.training.data import TrainingTokens
+from varlik.training.loop import LoopConfig, Part, batch_indices, generator, train
+from varlik.training.metrics import Metrics
 
 CLASS_DROPOUT = 0.1
 CONFUSION_RATE = 0.05  # how fast the record of mistaken classes forgets
@@ -21,28 +24,32 @@ MIN_CONFUSION = 0.02  # so that every wrong class is met now and then
 
 @torch.no_grad()
 def feature_maps(vqvae: VQVAE, pixels: Tensor, batch_size: int = 500) -> Tensor:
-    """(n, Cvae, h, w) of `pixels` (n, channels, S, S) in [-1, 1], in batches."""
-    return torch.cat([vqvae.encode(batch) for batch in pixels.split(batch_size)])
+    """(n, Cvae, h, w) of `pixels` (n, channels, S, S) in [-1, 1], in batches; where the pixels are."""
+    device = vqvae.quantize.embedding.weight.device
+    return torch.cat([vqvae.encode(batch.to(device)).to(pixels.device) for batch in pixels.split(batch_size)])
 
 
 def train_var(
-    features: Tensor,
-    labels: Tensor,
-    quantizer: MultiScaleQuantizer,
+    data: TrainingTokens,
     config: VARConfig,
     loop: LoopConfig,
     folder: str | Path,
     compiled: bool = False,
     quiet: bool = False,
 ) -> VAR:
-    """Train on the token maps of `features` (n, Cvae, h, w) with `labels` (n,) and return the model.
+    """Train a new model on `data`, on the device of its quantizer, and return it.
 
     A tenth of the labels becomes the null class. `compiled` runs the step through `torch.compile` (about 1.4 x faster
-    on a CPU).
+    on a CPU). `folder`: see `loop.train`.
+
+    Raises `ValueError` if `config` describes a model of other token maps or another number of classes, and as
+    `loop.train`.
     """
+    check_fits(config, data)
     torch.manual_seed(loop.seed)
     model = VAR(config)
     model.reset_parameters()
+    model.to(data.quantizer.embedding.weight.device)
 
     def cross_entropy(targets: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
         logits = model(model.class_vectors(targets), inputs)
@@ -50,21 +57,19 @@ def train_var(
 
     run = torch.compile(cross_entropy) if compiled else cross_entropy
 
-    def loss_of_step(step: int) -> tuple[Tensor, Metrics]:
-        rows = batch_indices(loop, step, len(labels))
-        with torch.no_grad():
-            tokens, inputs = quantizer.tokenize(features[rows])
-        dropped = torch.rand(len(rows), generator=generator(loop.seed, step)) < CLASS_DROPOUT
-        return run(labels[rows].masked_fill(dropped, config.null_class), tokens, inputs), {}
+    def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
+        variant = data.variant(part.rows, loop.seed, part.step)
+        tokens, inputs, labels = data.batch(part.indices, variant[part.own])
+        dropped = torch.rand(len(part.rows), generator=generator(loop.seed, part.step)) < CLASS_DROPOUT
+        targets = labels.masked_fill(dropped[part.own].to(labels.device), config.null_class)
+        return run(targets, tokens, inputs), {}
 
-    return train(model, loss_of_step, loop, folder, quiet=quiet).eval()
+    return train(model, loss_of_part, loop, folder, len(data), settings=asdict(config), quiet=quiet).eval()
 
 
 def contrast_var(
     model: VAR,
-    features: Tensor,
-    labels: Tensor,
-    quantizer: MultiScaleQuantizer,
+    data: TrainingTokens,
     loop: LoopConfig,
     folder: str | Path,
     weight: float = 0.3,
@@ -78,10 +83,15 @@ def contrast_var(
     deciding between the true class y and one wrong class y'. Wrong classes are drawn as often as they have lately been
     mistaken for the true one. The null class, a tenth of the labels, takes no part in this. A hybrid of generative and
     discriminative training in the sense of Lasserre, Bishop and Minka (2006); likelihoods stay normalised.
+
+    Raises `ValueError` if `data` has other token maps or another number of classes than `model`, and as `loop.train`.
     """
     config = model.config
+    check_fits(config, data)
     model.train()
+    # The draws are made on the CPU, so what they depend on stays there.
     model.register_buffer("confusion", 0.5 * (1 - torch.eye(config.num_classes)))
+    mistaken = torch.zeros(loop.batch_size)  # of this step, how likely each wrong class was to be chosen
 
     def losses(targets: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
         logits = model(model.class_vectors(targets), inputs)
@@ -89,27 +99,57 @@ def contrast_var(
 
     run = torch.compile(losses) if compiled else losses
 
-    def loss_of_step(step: int) -> tuple[Tensor, Metrics]:
-        rows, random = batch_indices(loop, step, len(labels)), generator(loop.seed, step)
-        with torch.no_grad():
-            tokens, inputs = quantizer.tokenize(features[rows])
-        truth = labels[rows]
+    def draw(rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """True class, wrong class and whether the label is dropped, of a whole batch."""
+        random, truth = generator(loop.seed, step), data.labels[rows]
         chances = model.confusion[truth].clamp(min=MIN_CONFUSION)
         chances = chances.scatter(1, truth.unsqueeze(1), 0.0)
         wrong = torch.multinomial(chances, 1, generator=random).squeeze(1)
-        dropped = torch.rand(len(rows), generator=random) < CLASS_DROPOUT
-        targets = torch.cat((truth.masked_fill(dropped, config.null_class), wrong))
-        per_token = run(targets, tokens.repeat(2, 1), inputs.repeat(2, 1, 1))
+        return truth, wrong, torch.rand(len(rows), generator=random) < CLASS_DROPOUT
+
+    def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
+        truth, wrong, dropped = draw(part.rows, part.step)
+        kept = ~dropped[part.own]
+        variant = data.variant(part.rows, loop.seed, part.step)
+        tokens, inputs, labels = data.batch(part.indices, variant[part.own])
+        targets = torch.cat((truth.masked_fill(dropped, config.null_class)[part.own], wrong[part.own]))
+        per_token = run(targets.to(labels.device), tokens.repeat(2, 1), inputs.repeat(2, 1, 1))
         right, other = per_token.chunk(2)
-        margin = ((other.sum(1) - right.sum(1)) / temperature)[~dropped]
-        contrast = F.softplus(-margin).mean()
-        with torch.no_grad():
-            mistaken, cells = (-margin).sigmoid(), (truth[~dropped], wrong[~dropped])
-            model.confusion.index_put_(cells, model.confusion[cells].lerp(mistaken, CONFUSION_RATE))
+        margin = ((other.sum(1) - right.sum(1)) / temperature)[kept.to(labels.device)]
+        # Parts keep unequal numbers of labels; over all parts these means are those of the whole batch.
+        share = len(part.rows) / (len(kept) * max(1, (~dropped).sum().item()))
+        contrast = F.softplus(-margin).sum() * share
+        mistaken[part.own] = mistaken.new_zeros(len(kept)).masked_scatter(
+            kept, (-margin).detach().sigmoid().to(mistaken)
+        )
         likelihood = right.mean()
         metrics = {"nats_per_token": likelihood.item(), "contrast": contrast.item()}
-        return likelihood + weight * contrast, metrics | {"decided": (margin > 0).float().mean().item()}
+        return likelihood + weight * contrast, metrics | {"decided": (margin > 0).sum().item() * share}
 
-    train(model, loss_of_step, loop, folder, quiet=quiet)
+    def record_mistakes(step: int) -> Metrics:
+        rows = batch_indices(loop, step, len(data))
+        truth, wrong, dropped = draw(rows, step)
+        distributed.sum_(mistaken)
+        cells = (truth[~dropped], wrong[~dropped])
+        model.confusion.index_put_(cells, model.confusion[cells].lerp(mistaken[~dropped], CONFUSION_RATE))
+        mistaken.zero_()
+        return {}
+
+    settings = {"weight": weight, "temperature": temperature}
+    train(model, loss_of_part, loop, folder, len(data), record_mistakes, settings=settings, quiet=quiet)
     del model.confusion
     return model.eval()
+
+
+def check_fits(config: VARConfig, data: TrainingTokens) -> None:
+    """Raise `ValueError` unless a model of `config` is for token maps and classes like those of `data`."""
+    codes, channels = data.quantizer.embedding.weight.shape
+    expected = {
+        "patch_nums": tuple(data.quantizer.patch_nums),
+        "vocab_size": codes,
+        "codebook_dim": channels,
+        "num_classes": data.num_classes,
+    }
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"config: expected {name} {value}, as in the data, got {getattr(config, name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 
 from varlik.models.config import VQVAEConfig
 from varlik.models.vqvae import VQVAE
-from varlik.training.loop import LoopConfig, Metrics, batch_indices, generator, train
+from varlik.training import distributed
+from varlik.training.loop import LoopConfig, Part, batch_indices, generator, train
+from varlik.training.metrics import Metrics
 
 USE_DECAY = 0.9
 DEAD_SHARE = 0.03  # a code is dead when it is used less than this share of an even use
 RESTART_EVERY = 50
-FEATURE_STD = (
-    0.5  # of the finished model's feature maps: gives sigma, the noise of smoothing, one meaning for all models
-)
+# Of the finished model's feature maps: gives sigma, the noise of smoothing, one meaning for all models.
+FEATURE_STD = 0.5
 
 
 def train_vqvae(
@@ -26,32 +28,38 @@ def train_vqvae(
     loop: LoopConfig,
     folder: str | Path,
     restarts_until: float = 0.8,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> VQVAE:
     """Train on `pixels` (n, channels, S, S) in [-1, 1] and return the model.
 
     The loss is the mean squared error of the reconstruction plus the quantisation loss. Codes that are hardly used move
     onto random residuals of the current batch until `restarts_until` of the steps are done; then the codebook settles.
+    `device` defaults to `distributed.own_device()`; the pixels may lie elsewhere. Quantisation stays in float32,
+    whatever `loop.precision`. `folder`: see `loop.train`, whose errors are raised too.
     """
     torch.manual_seed(loop.seed)
+    device = distributed.own_device(device)
     model = VQVAE(config)
     model.register_buffer("code_use", torch.full((config.vocab_size,), 1 / config.vocab_size))
-    batch = torch.empty(0)
+    model.to(device)
+    counts = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)  # how often this step used each code
 
-    def loss_of_step(step: int) -> tuple[Tensor, Metrics]:
-        nonlocal batch
-        batch = pixels[batch_indices(loop, step, len(pixels))]
-        reconstruction, quantisation, tokens = model(batch)
-        error = F.mse_loss(reconstruction, batch)
-        share = torch.bincount(tokens.flatten(), minlength=config.vocab_size) / tokens.numel()
-        model.code_use.lerp_(share, 1 - USE_DECAY)
-        use = model.code_use
-        perplexity = torch.exp(-(use * (use + 1e-12).log()).sum())
-        return error + quantisation, {
-            "mse": error.item(),
-            "quantisation": quantisation.item(),
-            "perplexity": perplexity.item(),
-        }
+    def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
+        batch = pixels[part.indices].to(device)
+        feature_map = model.encode(batch)
+        with torch.autocast(device.type, enabled=False):
+            quantised, quantisation, tokens = model.quantize.straight_through(feature_map.float())
+        error = F.mse_loss(model.decode(quantised), batch)
+        counts.add_(torch.bincount(tokens.flatten(), minlength=config.vocab_size))
+        return error + quantisation, {"mse": error.item(), "quantisation": quantisation.item()}
+
+    def look_after_codes(step: int) -> Metrics:
+        distributed.sum_(counts)
+        use = model.code_use.lerp_(counts / counts.sum(), 1 - USE_DECAY)
+        counts.zero_()
+        perplexity = torch.exp(-(use * (use + 1e-12).log()).sum()).item()
+        return {"perplexity": perplexity} | restart_dead_codes(step)
 
     def restart_dead_codes(step: int) -> Metrics:
         if step % RESTART_EVERY or step > restarts_until * loop.steps:
@@ -61,15 +69,17 @@ def train_vqvae(
         dead = (model.code_use < threshold).nonzero().flatten()
         if len(dead):
             with torch.no_grad():
-                cells = residual_cells(model, batch)
+                # From the whole batch, so that every process decides alike.
+                cells = residual_cells(model, pixels[batch_indices(loop, step, len(pixels))].to(device))
                 chosen = torch.randint(len(cells), (len(dead),), generator=generator(loop.seed, step))
-                model.quantize.embedding.weight[dead] = cells[chosen]
+                model.quantize.embedding.weight[dead] = cells[chosen.to(device)]
                 model.code_use[dead] = 1 / config.vocab_size
         return {"restarted": float(len(dead))}
 
-    train(model, loss_of_step, loop, folder, after_step=restart_dead_codes, quiet=quiet)
+    settings = asdict(config) | {"restarts_until": restarts_until}
+    train(model, loss_of_part, loop, folder, len(pixels), look_after_codes, settings=settings, quiet=quiet)
     del model.code_use
-    rescale_features(model, pixels[:1000])
+    rescale_features(model, pixels[:1000].to(device))
     return model.eval()
 
 

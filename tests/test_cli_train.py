@@ -1,0 +1,302 @@
+"""`varlik train`: from pictures in folders to models that load, through kills, and wrong input in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_model import MANY, VQVAE_CONFIG
+
+import varlik
+from varlik.evaluation import train as training
+from varlik.models import checkpoints
+from varlik.models.config import Preprocessing
+from varlik.models.var import VAR
+from varlik.models.vqvae import VQVAE
+from varlik.training import loop as loop_module
+from varlik.training.vqvae_file import load_vqvae, save_vqvae
+
+SIZES = {
+    "vqvae": asdict(VQVAE_CONFIG),
+    "preprocessing": {"resize": 8, "crop": 8, "padding": 0, "channels": 1},
+    "var": {"depth": 1, "embed_dim": 16, "num_heads": 2},
+}
+FEW = ("--steps", 6, "--batch-size", 4, "--checkpoint-every", 2, "--device", "cpu", "--quiet")
+CLASSES = ("ash", "T-shirt/top", "elm")
+
+
+class Killed(BaseException):
+    """What no command catches."""
+
+
+def draw(folder, classes, count=8):
+    """Pictures of noise around a brightness for each class."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            noise = np.random.default_rng((label, i)).integers(0, 60, (8, 8), dtype=np.uint8)
+            Image.fromarray(noise + np.uint8(60 * label)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("data") / "pictures", ("ash", "oak", "elm"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of three classes that nobody has trained."""
+    folder = tmp_path_factory.mktemp("model") / "start"
+    torch.manual_seed(0)
+    config = replace(MANY, num_classes=3)
+    var = VAR(config)
+    var.reset_parameters()
+    checkpoints.save(folder, var, VQVAE(VQVAE_CONFIG), CLASSES, Preprocessing(8, 8, channels=1))
+    return folder
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    (tmp_path / "sizes.json").write_text(json.dumps(SIZES))
+    return tmp_path / "sizes.json"
+
+
+def ok(answer):
+    code, out, err = answer
+    assert (code, err) == (0, "")
+    return out
+
+
+def fails(answer, *words):
+    code, _, err = answer
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in words)
+
+
+def weights(folder):
+    return varlik.load(folder, device="cpu").var.state_dict()
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_from_pictures_to_a_model(run, pictures, sizes, tmp_path):
+    out = ok(run("train", "vqvae", pictures, "--out", tmp_path / "v", "--config", sizes, *FEW))
+    assert f"wrote {tmp_path / 'v'}" in out
+    assert "loss" in out
+    vqvae, preprocessing = load_vqvae(str(tmp_path / "v"))
+    assert (vqvae.config, preprocessing) == (VQVAE_CONFIG, Preprocessing(8, 8, channels=1))
+
+    variants = ("--variants", "plain,flip,crop", "--work", tmp_path / "work")
+    command = ("train", "var", pictures, "--vqvae", tmp_path / "v", "--out", tmp_path / "m", "--config", sizes)
+    ok(run(*command, *variants, *FEW))
+    found = varlik.load(tmp_path / "m", device="cpu")
+    assert found.class_names == ("ash", "elm", "oak")
+    assert (found.var.config.depth, found.var.config.embed_dim, found.var.config.vocab_size) == (1, 16, 20)
+    assert equal(found.vqvae.state_dict(), vqvae.state_dict())
+    assert found.log_likelihood(str(pictures / "ash" / "0.png")).shape == (1, 3)
+    assert np.load(tmp_path / "work" / "tokens" / "tokens.npy", mmap_mode="r").shape == (24, 3, 30)
+    assert not (tmp_path / "m" / "work").exists()
+    again, _ = load_vqvae(str(tmp_path / "m"))
+    assert equal(again.state_dict(), vqvae.state_dict())
+
+
+def test_cca(run, model, tmp_path):
+    data = draw(tmp_path / "data", ("Elm", "ash", "t-shirt_top"))
+    command = ("train", "cca", data, "--model", model, "--out", tmp_path / "m", "--weight", 2.0, *FEW)
+    out = ok(run(*command, "--held-out", 0.25, "--evaluate-every", 3, "--patience", 0))
+    assert "run varlik calibrate" in out
+    assert varlik.load(tmp_path / "m", device="cpu").class_names == CLASSES
+    assert not equal(weights(tmp_path / "m"), weights(model))
+    records = [json.loads(line) for line in (tmp_path / "m/work/cca/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "score" in record] == [3, 6]
+    state = torch.load(tmp_path / "m/work/cca/checkpoint.pt", weights_only=True)
+    assert state["settings"]["size"] == 18  # six of each class
+    assert state["settings"]["cca"]["weight"] == 2.0
+
+    other = draw(tmp_path / "other", ("elm", "ash"), 3)
+    ok(run(*command[:5], "--out", tmp_path / "n", "--held-out", other, *FEW))
+    assert (tmp_path / "n" / "work" / "held-out-tokens" / "tokens.npy").exists()
+
+
+def test_classes_are_found_by_name(model, tmp_path, monkeypatch):
+    data = draw(tmp_path / "data", ("Elm", "ash", "t-shirt_top"), 2)
+    seen = []
+    monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
+    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    training.cca(training.Run(str(data), tmp_path / "m", device="cpu"), str(model))
+    assert seen[0].class_names == CLASSES
+    assert seen[0].labels.tolist() == [2, 2, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("what", ["embeddings", "adaln", "all"])
+def test_new_classes(run, model, tmp_path, what):
+    data = draw(tmp_path / "data", ("fir", "yew"))
+    out = ok(run("train", "incremental", data, "-m", model, "--what", what, "--out", tmp_path / "m", *FEW))
+    assert "2 new classes after 3 old ones" in out
+    new, old = varlik.load(tmp_path / "m", device="cpu"), varlik.load(model, device="cpu")
+    assert new.class_names == (*CLASSES, "fir", "yew")
+    picture = str(data / "fir" / "0.png")
+    same = torch.allclose(new.log_likelihood(picture)[:, :3], old.log_likelihood(picture), rtol=1e-5)
+    assert same == (what != "all")
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "var", "cca", "incremental"])
+def test_killed_and_resumed_equals_uninterrupted(run, pictures, model, sizes, tmp_path, monkeypatch, kind):
+    data = draw(tmp_path / "new", ("fir", "yew")) if kind == "incremental" else pictures
+    if kind == "cca":
+        data = draw(tmp_path / "named", ("ash", "elm", "t-shirt_top"))
+    given = {"vqvae": ("--config", sizes), "var": ("--vqvae", model, "--config", sizes)}.get(kind, ("-m", model))
+
+    def command(name, *more):
+        return run("train", kind, data, *given, "--out", tmp_path / name, *FEW, *more)
+
+    def result(name):
+        if kind == "vqvae":
+            return load_vqvae(str(tmp_path / name))[0].state_dict()
+        return weights(tmp_path / name)
+
+    ok(command("whole"))
+    real, left = loop_module._Run.update, iter(range(3))
+
+    def killed(*args):
+        if next(left, None) is None:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(loop_module._Run, "update", killed)
+    with pytest.raises(Killed):
+        command("killed")
+    monkeypatch.setattr(loop_module._Run, "update", real)
+    fails(command("killed"), "--resume", str(tmp_path / "killed" / "work" / kind))
+    ok(command("killed", "--resume"))
+    assert equal(result("killed"), result("whole"))
+    assert steps(tmp_path / "killed" / "work" / kind) == steps(tmp_path / "whole" / "work" / kind)
+    ok(command("killed", "--resume"))  # there is nothing left to do
+    assert equal(result("killed"), result("whole"))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(run, pictures, model, sizes, tmp_path):
+    given = ["--vqvae", model, "--config", sizes, *FEW]
+    ok(run("train", "var", pictures, *given, "--out", tmp_path / "one"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "varlik"]
+    command = [*launch, "train", "var", pictures, *given, "--out", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_unreadable_pictures_are_named_and_left_out(run, model, sizes, tmp_path):
+    data = draw(tmp_path / "data", ("ash", "oak"))
+    (data / "oak" / "3.png").write_bytes(b"damaged")
+    code, _, err = run("train", "var", data, "--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
+    assert code == 0
+    assert len(err.splitlines()) == 1
+    assert "3.png" in err
+
+
+def test_data_by_name(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "idx_folder", lambda *args: asked.append(("idx", *args)))
+    monkeypatch.setattr(training, "hugging_face", lambda *args: asked.append(("hf", *args)))
+    for name in ("fashion-mnist", "glyphs-100"):
+        monkeypatch.setitem(training.DATA_SETS, name, lambda *args, name=name: asked.append((name, *args)))
+    for text in ("idx:a/b", "idx:a@test", "hf:org/name", "hf:/a/b@dev", "fashion-mnist", "fashion-mnist@held-out"):
+        training.images_of(text)
+    training.images_of("fashion-mnist:a/b@test")
+    training.images_of("glyphs-100:g")
+    assert asked == [
+        ("idx", "a/b", "train"),
+        ("idx", "a", "test"),
+        ("hf", "org/name", "train"),
+        ("hf", "/a/b", "dev"),
+        ("fashion-mnist", "train", None),
+        ("fashion-mnist", "held-out", None),
+        ("fashion-mnist", "test", "a/b"),
+        ("glyphs-100", "train", "g"),
+    ]
+    with pytest.raises(ValueError, match="train, held-out, test"):
+        training.images_of("fashion-mnist@validation")
+    with pytest.raises(ValueError, match="glyphs-100:FOLDER"):
+        training.images_of("glyphs-100")
+
+
+def test_a_vqvae_alone(tmp_path, model):
+    vqvae, preprocessing = load_vqvae(model)
+    save_vqvae(tmp_path, vqvae, preprocessing)
+    for source in (tmp_path, tmp_path / "vqvae.safetensors"):
+        found, prepared = load_vqvae(source)
+        assert (found.config, prepared, found.training) == (vqvae.config, preprocessing, False)
+        assert equal(found.state_dict(), vqvae.state_dict())
+    save_file(found.state_dict(), tmp_path / "vqvae.safetensors", {"vqvae": '{"width": 3}'})
+    with pytest.raises(ValueError, match=r"vqvae\.safetensors: metadata cannot be understood"):
+        load_vqvae(tmp_path)
+    save_vqvae(tmp_path, vqvae, preprocessing)
+    (tmp_path / "vqvae.safetensors").write_bytes((tmp_path / "vqvae.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_vqvae(tmp_path)
+
+
+def test_wrong_input(run, pictures, model, sizes, tmp_path):
+    out = ("--out", tmp_path / "m", *FEW)
+    fails(run("train", "var", "absent", "--vqvae", model, *out), "data", "absent", "idx:FOLDER", "fashion-mnist")
+    fails(run("train", "vqvae", pictures, *out, "--like", "fashion-mnits"), "fashion-mnist")
+    fails(run("train", "var", pictures, "--vqvae", "absent.safetensors", *out), "absent.safetensors")
+    fails(run("train", "var", pictures, "--vqvae", model, *out, "--variants", "flip"), "variants", "plain")
+    fails(run("train", "var", pictures, "--vqvae", model, *out, "--precision", "int8"), "precision", "int8")
+    fails(run("train", "var", pictures, "--vqvae", model, *out, "--batch-size", 99), "batch_size", "99", "24")
+    fails(run("train", "var", pictures, "--vqvae", model, *out, "--batch-size", 5, "--accumulate", 2), "batch_size")
+    fails(run("train", "cca", pictures, "-m", model, *out), "oak", "class")
+    named = draw(tmp_path / "named", ("ash", "elm", "t-shirt_top"))
+    fails(run("train", "cca", named, "-m", model, *out, "--preset", "d17"), "preset", "d16", "d17")
+    fails(run("train", "cca", named, "-m", model, *out, "--beta", -1), "beta", "-1")
+    fails(run("train", "cca", named, "-m", model, *out[2:], "--out", model), "out", "start from")
+    fails(run("train", "cca", named, "-m", model, *out, "--held-out", 1.5), "held_out", "1.5")
+    fails(run("train", "incremental", named, "-m", model, *out), "ash, elm already")
+    new = draw(tmp_path / "new", ("fir", "yew"))
+    fails(run("train", "incremental", new, "-m", model, *out, "--what", "some"), "what", "adaln", "some")
+    for text, words in (
+        ("{", ("config", "JSON")),
+        ('{"vae": {}}', ("config", "vqvae, preprocessing, var")),
+        ('{"vqvae": {"width": 3}}', ("config", "vqvae has no width", "channels")),
+        ('{"vqvae": {"channels": 3}}', ("num_groups",)),
+        ('{"preprocessing": {"resize": 9, "crop": 9}}', ("config", "preprocessing gives")),
+    ):
+        sizes.write_text(text)
+        fails(run("train", "vqvae", pictures, *out, "--config", sizes), *words)
+
+
+def test_work_of_another_data_set_is_refused(run, pictures, model, sizes, tmp_path):
+    given = ("--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
+    ok(run("train", "var", pictures, *given))
+    fails(run("train", "var", pictures, *given, "--resume", "--learning-rate", 1.0), "learning_rate")
+    other = draw(tmp_path / "other", ("ash", "oak"))
+    fails(run("train", "var", other, *given, "--resume"), "source", "tokens")
+
+
+def test_a_missing_extra_is_one_line(run, pictures, model, sizes, tmp_path, monkeypatch):
+    for package in ("datasets", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    given = ("--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
+    fails(run("train", "var", "hf:mnist", *given), "varlik[train]")
+    fails(run("train", "var", pictures, *given, "--tensorboard"), "varlik[train]")

@@ -1,0 +1,328 @@
+"""Training from the command line: where images come from, what is made of them, and the folder a model ends in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varlik.classifier import VARClassifier
+from varlik.datasets import DATA_SETS, SPLITS, ImageSource, hugging_face, idx_folder, image_folder
+from varlik.evaluation.pictures import truth
+from varlik.models import checkpoints
+from varlik.models.checkpoints import Checkpoint
+from varlik.models.config import Preprocessing
+from varlik.models.presets import get_preset
+from varlik.models.vqvae import VQVAE
+from varlik.training import distributed
+from varlik.training.cca import PRESETS, train_cca
+from varlik.training.data import TrainingTokens
+from varlik.training.incremental import CHANGES, Change, extend, train_incremental
+from varlik.training.loop import LoopConfig
+from varlik.training.pixels import PLAIN, Pixels
+from varlik.training.token_cache import cache_tokens
+from varlik.training.var import train_var
+from varlik.training.vqvae import train_vqvae
+from varlik.training.vqvae_file import load_vqvae, save_vqvae
+
+Names = tuple[str, ...]
+
+
+@contextmanager
+def _silent() -> Iterator[Callable[[str, int, int], None]]:
+    yield lambda *_: None
+
+
+VQVAE_LOOP = LoopConfig(steps=3500, batch_size=32, learning_rate=2e-3, warmup=100, weight_decay=0.01, clip=1.0)
+VAR_LOOP = LoopConfig(steps=8000, batch_size=32, learning_rate=1e-3, average=0.999)
+_NEW_CLASSES = LoopConfig(steps=1000, batch_size=32, learning_rate=1e-2, warmup=50, hold=0.3, average=0.99)
+INCREMENTAL_LOOPS: dict[Change, LoopConfig] = {
+    "embeddings": _NEW_CLASSES,
+    "adaln": _NEW_CLASSES,
+    "all": replace(_NEW_CLASSES, learning_rate=1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all trainings have in common.
+
+    `data` is as for `images_of`, `out` the folder of the finished model, `work` that of checkpoints, metrics and tokens
+    (default: `out`/work). A checkpoint there is gone on from with `resume` and refused without. `variants` are those of
+    `varlik.training.pixels`. `complain` is told of images that cannot be read; `progress()` opens what is told how far
+    a kind of work is. `held_out` is a share of the data, or other images: how a model does on them is looked at every
+    `evaluate_every` steps and decides which weights are kept; after `patience` looks without improvement the run ends.
+    `changes` are made to the command's `LoopConfig`, where they are not None.
+    """
+
+    data: str
+    out: Path
+    work: Path | None = None
+    resume: bool = False
+    variants: tuple[str, ...] = (PLAIN,)
+    device: str | None = None
+    compiled: bool = False
+    quiet: bool = False
+    complain: Callable[[Exception], None] | None = None
+    progress: Callable[[], AbstractContextManager[Callable[[str, int, int], None]]] = _silent
+    held_out: str | None = None
+    evaluate_every: int = 250
+    patience: int = 3
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints, metrics and tokens go."""
+        return self.work or self.out / "work"
+
+    def loop(self, usual: LoopConfig) -> LoopConfig:
+        """The loop of a command, changed as asked for; few steps also warm up for fewer. Raises as `LoopConfig`."""
+        given = {name: value for name, value in self.changes.items() if value is not None}
+        warmup = min(usual.warmup, given.get("steps", usual.steps) // 10)
+        if self.held_out is not None:
+            given |= {"evaluate_every": self.evaluate_every, "patience": self.patience}
+        return replace(usual, warmup=warmup, **given)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage. Raises `ValueError` if it holds a checkpoint that is not to be gone on from."""
+        folder = self.folder / name
+        if (folder / "checkpoint.pt").exists() and not self.resume:
+            raise ValueError(
+                f"work: {folder} holds the checkpoint of a run: add --resume to go on from it, or name another folder "
+                "with --work"
+            )
+        return folder
+
+    def tokens(
+        self, vqvae: VQVAE, preprocessing: Preprocessing, classes: Callable[[Names], tuple[Tensor, Names]]
+    ) -> tuple[TrainingTokens, TrainingTokens | None]:
+        """Token maps to train on and those held out, cached.
+
+        `classes` gives, for the data's names of classes, their labels in the model and the model's names of classes.
+        """
+        share = None if self.held_out is None else _share(self.held_out)
+        data = self._cached(self.data, "tokens", self.variants, vqvae, preprocessing, classes)
+        if self.held_out is None:
+            return data, None
+        if share is not None:
+            return data.split(share, self.changes.get("seed", 0))
+        return data, self._cached(self.held_out, "held-out-tokens", (PLAIN,), vqvae, preprocessing, classes)
+
+    def _cached(
+        self,
+        data: str,
+        folder: str,
+        variants: tuple[str, ...],
+        vqvae: VQVAE,
+        preprocessing: Preprocessing,
+        classes: Callable[[Names], tuple[Tensor, Names]],
+    ) -> TrainingTokens:
+        source = images_of(data)
+        labels, names = classes(source.class_names)  # first: tokens take long
+        with self.progress() as tell:
+            tokens = cache_tokens(
+                source,
+                vqvae,
+                preprocessing,
+                self.folder / folder,
+                variants=variants,
+                seed=self.changes.get("seed", 0) if len(variants) > 1 else 0,
+                complain=self.complain,
+                progress=lambda *done: tell(f"tokens of {data}", *done),
+            )
+        return replace(tokens, labels=labels[tokens.labels], class_names=names)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training ended with: the last record of its metrics, and what there is to say."""
+
+    out: Path
+    record: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def images_of(text: str) -> ImageSource:
+    """Labelled images by what people write for them.
+
+    A folder with a sub-folder for each class; "idx:FOLDER" with IDX files; "hf:NAME" of a Hugging Face data set or a
+    saved one's folder; the name of a bundled model's data set, "fashion-mnist" or "glyphs-100:FOLDER". All but the
+    first may end in "@SPLIT" (default: train). Raises what the functions of `varlik.datasets` raise.
+    """
+    kind, _, rest = text.partition(":")
+    rest, _, split = rest.partition("@")
+    if kind == "idx":
+        return idx_folder(rest, split or "train")
+    if kind == "hf":
+        return hugging_face(rest, split or "train")
+    name, _, plain_split = kind.partition("@")
+    if name in DATA_SETS:
+        split = split or plain_split or "train"
+        if split not in SPLITS:
+            raise ValueError(f"data: {name} has the splits {', '.join(SPLITS)}, got {split!r}")
+        if name == "glyphs-100" and not rest:
+            raise ValueError("data: name the folder with the data set's file, glyphs-100:FOLDER")
+        return DATA_SETS[name](split, rest or None)
+    if not Path(text).is_dir():
+        raise FileNotFoundError(
+            f"data: {text!r} is no folder here, no idx:FOLDER, hf:NAME or name of a data set ({', '.join(DATA_SETS)})"
+        )
+    return image_folder(text)
+
+
+def vqvae(run: Run, like: str, config: Path | None = None) -> Trained | None:
+    """Train a VQ-VAE of the shape of the model `like`, changed by the JSON file `config`, and write it to `run.out`.
+
+    The file may hold "vqvae" and "preprocessing", each with fields of `VQVAEConfig` and `Preprocessing`.
+    Raises `ValueError` for a model or fields that there are not, and as `train_vqvae`.
+    """
+    folder, loop = run.stage("vqvae"), run.loop(VQVAE_LOOP)
+    preset, changes = get_preset(like), _read_config(config)
+    shape = _changed(preset.vqvae, changes.get("vqvae", {}), "vqvae")
+    preprocessing = _changed(preset.preprocessing, changes.get("preprocessing", {}), "preprocessing")
+    given, taken = (preprocessing.resolution, preprocessing.channels), (shape.resolution, shape.in_channels)
+    if given != taken:
+        raise ValueError(f"config: preprocessing gives (side, channels) {given}, but the VQ-VAE takes {taken}")
+    pixels: Any = Pixels(images_of(run.data), preprocessing, run.complain)
+    model = train_vqvae(pixels, shape, loop, folder, device=run.device, quiet=run.quiet)
+    return _finish(run, folder, lambda: save_vqvae(run.out, model, preprocessing))
+
+
+def var(run: Run, vqvae: str, like: str, config: Path | None = None) -> Trained | None:
+    """Train a VAR transformer on tokens of the VQ-VAE `vqvae`, and write the pair to `run.out`.
+
+    Its shape is that of the model `like`, with the VQ-VAE's token maps and the data's classes, changed by "var" in the
+    JSON file `config`, fields of `VARConfig`. Raises as `vqvae`, `load_vqvae` and `train_var`.
+    """
+    folder, loop = run.stage("var"), run.loop(VAR_LOOP)
+    preset, changes = get_preset(like), _read_config(config)
+    autoencoder, preprocessing = load_vqvae(vqvae)
+    autoencoder.to(distributed.own_device(run.device))
+    data, _ = run.tokens(autoencoder, preprocessing, lambda names: (torch.arange(len(names)), names))
+    fixed = {field: getattr(autoencoder.config, field) for field in ("patch_nums", "vocab_size", "codebook_dim")}
+    fixed["num_classes"] = data.num_classes
+    shape = _changed(replace(preset.var, **fixed), changes.get("var", {}), "var")
+    model = train_var(data, shape, loop, folder, compiled=run.compiled, quiet=run.quiet)
+    return _finish(run, folder, lambda: checkpoints.save(run.out, model, autoencoder, data.class_names, preprocessing))
+
+
+def cca(
+    run: Run, model: str, preset: str = "small", beta: float | None = None, weight: float | None = None
+) -> Trained | None:
+    """Fine-tune `model` by condition contrastive alignment on images of its classes, and write it to `run.out`.
+
+    The settings are those of a `preset` of `varlik.training.cca`, with another `beta` or `weight` if given. Classes of
+    the data are found in the model by their names. Raises `ValueError` for an unknown preset or class, and as
+    `train_cca`.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    given = {name: value for name, value in (("beta", beta), ("weight", weight)) if value is not None}
+    config = replace(PRESETS[preset].cca, **given)
+    folder, loop = run.stage("cca"), run.loop(PRESETS[preset].loop)
+    start = _start(run, model)
+    parts = (start.vqvae, start.class_names, start.preprocessing)
+    classifier = VARClassifier(start.var, *parts, name=start.name)
+
+    def classes(names: Names) -> tuple[Tensor, Names]:
+        known = names == start.class_names
+        labels = torch.arange(len(names)) if known else truth(classifier, [Path(name) / "picture" for name in names])
+        return labels, start.class_names
+
+    data, held_out = run.tokens(start.vqvae, start.preprocessing, classes)
+    trained = train_cca(
+        start.var, data, config, loop, folder, held_out=held_out, compiled=run.compiled, quiet=run.quiet
+    )
+    note = f"a calibration of {start.name} does not fit this model: run varlik calibrate"
+    return _finish(run, folder, lambda: checkpoints.save(run.out, trained, *parts), (note,))
+
+
+def incremental(run: Run, model: str, what: str = "embeddings") -> Trained | None:
+    """Add the classes of the data to `model`, without images of its own, and write it to `run.out`.
+
+    `what` may change: see `varlik.training.incremental`. Raises `ValueError` for a class that the model knows already,
+    and as `train_incremental`.
+    """
+    if what not in CHANGES:
+        raise ValueError(f"what: expected one of {', '.join(CHANGES)}, got {what!r}")
+    folder, loop = run.stage("incremental"), run.loop(INCREMENTAL_LOOPS[what])
+    start = _start(run, model)
+    old = start.class_names
+
+    def classes(names: Names) -> tuple[Tensor, Names]:
+        known = {name.casefold() for name in old}
+        if both := [name for name in names if name.casefold() in known]:
+            raise ValueError(f"data: expected new classes only, but {start.name} knows {', '.join(both)} already")
+        return torch.arange(len(names)) + len(old), (*old, *names)
+
+    data, held_out = run.tokens(start.vqvae, start.preprocessing, classes)
+    trained = train_incremental(
+        start.var, data, what, loop, folder, held_out=held_out, compiled=run.compiled, quiet=run.quiet
+    )
+    new = data.class_names[len(old) :]
+    note = f"{len(new)} new classes after {len(old)} old ones; for all of them run varlik calibrate"
+    return _finish(run, folder, lambda: extend(run.out, start, trained, new), (note,))
+
+
+def _start(run: Run, model: str) -> Checkpoint:
+    """The model to start from, on the device of the run."""
+    path = Path(model).expanduser()
+    if path.is_dir() and path.resolve() == run.out.resolve():
+        raise ValueError(f"out: {run.out} is the model to start from, which a run that resumes needs; name another one")
+    device, start = distributed.own_device(run.device), checkpoints.load_models(model)
+    start.var.to(device)
+    start.vqvae.to(device)
+    return start
+
+
+def _finish(run: Run, folder: Path, save: Callable[[], object], notes: tuple[str, ...] = ()) -> Trained | None:
+    """Write the model and say how training went; of several processes the first one does, the others give None."""
+    main = distributed.world().main
+    distributed.leave()
+    if not main:
+        return None
+    save()
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    return Trained(run.out, json.loads(last), notes)
+
+
+def _read_config(file: Path | None) -> dict[str, dict[str, Any]]:
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"config: {file} is no JSON file ({error})") from error
+    known = ("vqvae", "preprocessing", "var")
+    if not isinstance(found, dict) or not all(key in known and isinstance(found[key], dict) for key in found):
+        raise ValueError(f"config: expected an object with any of {', '.join(known)}, each an object, in {file}")
+    return found
+
+
+def _changed(value: Any, changes: Mapping[str, Any], name: str) -> Any:
+    """A configuration with some fields changed; lists become tuples."""
+    known = {field.name for field in dataclasses.fields(value)}
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(f"config: {name} has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    try:
+        return replace(value, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    except TypeError as error:
+        raise ValueError(f"config: {name} cannot be understood: {error}") from error
+
+
+def _share(text: str) -> float | None:
+    """A share of the data; None for data of another kind."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise ValueError(f"held_out: expected a share between 0 and 1, or other images, got {text}")
+    return share
