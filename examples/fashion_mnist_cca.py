@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from varlik.datasets import fashion_mnist
 from varlik.evaluation.machine import machine
 from varlik.models import checkpoints
 from varlik.models.var import VAR
-from varlik.training.cca import PRESETS, CCAConfig, accuracy, train_cca
+from varlik.training.cca import PRESETS, CCAConfig, accuracy, confusion, train_cca
 from varlik.training.data import TrainingTokens
 from varlik.training.likelihood import log_likelihood
 from varlik.training.loop import LoopConfig, Metrics, Part, train
@@ -36,13 +36,34 @@ RESULTS = Path("benchmarks/results")
 PLAIN_LOOP = replace(VAR_LOOP, steps=5_250, stop=0)
 SEARCH_LOOP = replace(PRESETS["small"].loop, steps=250, batch_size=16, warmup=20)
 FINAL_LOOP = replace(PRESETS["small"].loop, steps=500, batch_size=16, evaluate_every=250)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to fine-tune: `confused` negatives are drawn as often as classes are mistaken, others are rolled labels."""
+
+    beta: float
+    weight: float = 1.0
+    confused: bool = False
+
+    @property
+    def config(self) -> CCAConfig:
+        return CCAConfig(self.beta, self.weight)
+
+    def __str__(self) -> str:
+        return f"beta {self.beta:g}, lambda {self.weight:g}{', confused negatives' if self.confused else ''}"
+
+
 VARIANTS = (
-    CCAConfig(beta=0.02, weight=1),
-    CCAConfig(beta=0.05, weight=1),
-    CCAConfig(beta=0.2, weight=1),
-    CCAConfig(beta=0.05, weight=0.3),
-    CCAConfig(beta=0.05, weight=4),
+    Variant(0.02),
+    Variant(0.05),
+    Variant(0.2),
+    Variant(0.05, 0.3),
+    Variant(0.05, confused=True),
+    Variant(0.2, confused=True),
+    Variant(0.2, 0.3, confused=True),
 )
+CONFUSION_IMAGES = 1_000  # of the training ones
 SEARCH_IMAGES = 1_500  # of the held-out ones, for comparing variants
 
 
@@ -77,33 +98,35 @@ def main() -> None:
     def plain() -> VAR:
         return model("plain", lambda: train_var(training, VAR_CONFIG, PLAIN_LOOP, options.work / "plain-run", compiled))
 
-    def tuned(start: VAR, name: str, config: CCAConfig, loop: LoopConfig, watched: TrainingTokens | None) -> VAR:
-        return model(
-            name,
-            lambda: train_cca(
-                start, training, config, loop, options.work / f"{name}-run", held_out=watched, compiled=compiled
-            ),
-        )
+    def tuned(start: VAR, name: str, variant: Variant, loop: LoopConfig, watched: TrainingTokens | None) -> VAR:
+        def make() -> VAR:
+            few = training.of_rows(torch.arange(CONFUSION_IMAGES))
+            chances = confusion(start, few) if variant.confused else None
+            folder = options.work / f"{name}-run"
+            return train_cca(
+                start, training, variant.config, loop, folder, held_out=watched, negatives=chances, compiled=compiled
+            )
+
+        return model(name, make)
 
     search = {"plain": measured("plain", plain(), some)}
-    name = "plain, more likelihood"
-    search[name] = measured(
+    search["plain, more likelihood"] = measured(
         "control",
         model("control", lambda: more_likelihood(plain(), training, SEARCH_LOOP, options.work / "control-run")),
         some,
     )
-    found: dict[CCAConfig, float] = {}
-    for config in VARIANTS:
-        name = f"beta{config.beta:g}-lambda{config.weight:g}"
-        found[config] = measured(name, tuned(plain(), name, config, SEARCH_LOOP, None), some)
-        search[f"plain, CCA beta {config.beta:g}, lambda {config.weight:g}"] = found[config]
-    best = max(found, key=lambda config: found[config])
+    found: dict[Variant, float] = {}
+    for variant in VARIANTS:
+        name = f"beta{variant.beta:g}-lambda{variant.weight:g}{'-confused' if variant.confused else ''}"
+        found[variant] = measured(name, tuned(plain(), name, variant, SEARCH_LOOP, None), some)
+        search[f"plain, CCA, {variant}"] = found[variant]
+    best = max(found, key=lambda variant: found[variant])
     final: dict[str, float] = {}
     for base, start in (("plain", plain()), ("fashion-mnist", bundled.var)):
         final[base] = measured(base, start, held_out)
         name = f"{base}-cca"
         final[name] = measured(name, tuned(start, name, best, FINAL_LOOP, some), held_out)
-    write({"search": search, "best": asdict(best), "final": final, "machine": asdict(machine(bundled.device))})
+    write({"search": search, "best": str(best), "final": final, "machine": asdict(machine(bundled.device))})
 
 
 def tokens(classifier: varlik.VARClassifier, split: str, folder: Path | None) -> TrainingTokens:

@@ -20,7 +20,7 @@ from varlik import reference as naive
 from varlik.models.config import VQVAEConfig
 from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.training import cca
-from varlik.training.cca import PRESETS, CCAConfig, Reference, cca_loss, train_cca
+from varlik.training.cca import PRESETS, CCAConfig, Reference, cca_loss, confusion, train_cca
 from varlik.training.data import TrainingTokens
 from varlik.training.likelihood import log_likelihood
 from varlik.training.loop import LoopConfig, Part, batch_indices, generator
@@ -358,6 +358,55 @@ def test_first_step_tells_negatives_apart(null_rate, tmp_path):
     scores = naive.log_likelihood(model, tokens, inputs, list(range(CLASSES)))
     wins = [scores[i, labels[i]] > scores[i, labels[(i + 1) % 12]] for i in range(12) if not none[i]]
     assert record["decided"] == pytest.approx(sum(map(float, wins)) / len(wins))
+
+
+def test_negatives_are_drawn_from_their_chances(tmp_path, monkeypatch):
+    """Class y is set against y + 1 alone: the pairs scored by the reference say so, and the null class stays paired."""
+    seen = []
+    spy = Reference._score
+
+    def score(self, images, labels):
+        seen.append(labels.clone())
+        return spy(self, images, labels)
+
+    monkeypatch.setattr(Reference, "_score", score)
+    data, chances = make_data(), torch.eye(CLASSES).roll(1, 1)
+    run = {"negatives": chances, "quiet": True}
+    train_cca(make_model(), data, CCAConfig(0.1, 1.0, null_rate=0.3), loop(3), tmp_path, **run)
+    pairs = torch.cat(seen)
+    null = pairs[:, 0] == NULL
+    assert null.any()
+    assert (pairs[null, 1] == -1).all()  # the same score, asked for once
+    assert torch.equal(pairs[~null, 1], (pairs[~null, 0] + 1) % CLASSES)
+    with pytest.raises(ValueError, match="negatives"):  # of another run
+        train_cca(make_model(), data, CCAConfig(0.1, 1.0, null_rate=0.3), loop(4), tmp_path, quiet=True)
+
+
+def test_confusion_is_the_mean_posterior_of_each_class():
+    model, data = make_model(), make_data(18)
+    found = confusion(model, data, temperature=3.0, least=0.01)
+    scores = naive.log_likelihood(model, *data.batch(torch.arange(18))[:2], list(range(CLASSES))).double()
+    for y in range(CLASSES):
+        mean = (scores[data.labels == y] / 3).softmax(1).mean(0).clamp(min=0.01)
+        mean[y] = 0
+        torch.testing.assert_close(found[y], mean, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="expected images of every class, got none of"):
+        confusion(model, data.of_classes([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("chances", "words"),
+    [
+        (torch.ones(2, 2), "expected \\(6, 6\\), got \\(2, 2\\)"),
+        (torch.ones(CLASSES, CLASSES), "zeros on the diagonal"),
+        (torch.zeros(CLASSES, CLASSES), "some above zero"),
+        (torch.eye(CLASSES).roll(1, 1) * torch.nan, "finite"),
+        (1e-3 - torch.eye(CLASSES).roll(1, 1), "not negative"),
+    ],
+)
+def test_refuses_negatives_that_are_no_chances(chances, words, tmp_path):
+    with pytest.raises(ValueError, match=f"negatives: .*{words}"):
+        train_cca(make_model(), make_data(), CCAConfig(), loop(2), tmp_path, negatives=chances, quiet=True)
 
 
 def test_parts_change_nothing(tmp_path):

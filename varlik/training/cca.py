@@ -191,13 +191,16 @@ def train_cca(
     folder: str | Path,
     reference: VAR | None = None,
     held_out: TrainingTokens | None = None,
+    negatives: Tensor | None = None,
     compiled: bool = False,
     quiet: bool = False,
     table_bytes: int = TABLE_BYTES,
 ) -> VAR:
     """Fine-tune all weights of `model` on `data` by `cca_loss`, in place, and return it in evaluation mode.
 
-    The negative label of an image is that of the next one in the batch. `reference` (default: the model as it comes)
+    The negative label of an image is that of the next one in the batch, as published; with `negatives` (N, N) it is
+    drawn from the row of its class, whose numbers are chances but for a factor: see `confusion`. `reference` (default:
+    the model as it comes)
     is left alone; its scores are kept in a table of at most `table_bytes`, to be used again in later epochs.
     With a `config.null_rate` of 0 the loss is not normalised, as in the authors' code; unlike there, a neighbour of the
     same class is no negative then either. With `held_out`, top-1 accuracy there by full likelihood, found every
@@ -209,17 +212,19 @@ def train_cca(
     through `torch.compile` (steps about 1.1 x faster on a CPU).
 
     Raises `TypeError` or `ValueError`, naming the argument, for data of another number of classes or another codebook,
-    classes without an image, batches of one class only, a reference of another shape, and held-out images that are
-    never looked at; and as `train`.
+    classes without an image, batches of one class only, `negatives` that are no chances of other classes, a reference
+    of another shape, and held-out images that are never looked at; and as `train`.
     """
-    _check(model, data, loop, reference, held_out)
+    _check(model, data, loop, reference, held_out, negatives)
     if reference is None or reference is model:
         reference = copy.deepcopy(model)
     steps = min(loop.stop or loop.steps, loop.steps)
     scores = Reference(reference, data, steps > len(data) // loop.batch_size, table_bytes)
     settings = {"cca": asdict(config), "reference": digest(reference)}
+    if negatives is not None:
+        settings["negatives"] = negatives.tolist()
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    loss_of_part = _loss_of_part(model, data, config, loop, scores, compiled)
+    loss_of_part = _loss_of_part(model, data, config, loop, scores, negatives, compiled)
     validate = None if held_out is None else lambda _: accuracy(model, held_out)
     model.train().requires_grad_(True)
     try:
@@ -243,8 +248,37 @@ def accuracy(model: VAR, data: TrainingTokens) -> float:
     return right / len(data)
 
 
+def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least: float = 0.02) -> Tensor:
+    """How likely each class is mistaken for each other one, (N, N) float64 with zeros on the diagonal.
+
+    Row y is the mean posterior, log-likelihoods being divided by `temperature`, over the plain images of class y; no
+    entry off the diagonal is below `least`, so that every class is met. `train_cca` draws negatives by it: labels of
+    other images are mostly far from an image's own, and telling those apart teaches little.
+
+    Raises `ValueError` for a class without images.
+    """
+    engine = Engine(model)
+    count = model.config.num_classes
+    classes = torch.arange(count, device=model.pos_start.device)
+    empty = (data.labels.bincount(minlength=count) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"data: expected images of every class, got none of {empty[:5]}")
+    total = torch.zeros(count, count, dtype=torch.float64)
+    for rows in torch.arange(len(data)).split(SHARD):
+        scores = score_table(engine, data.token_maps(rows), classes).sum(2).double().cpu()
+        total.index_add_(0, data.labels[rows], (scores / temperature).softmax(1))
+    mean = total / data.labels.bincount(minlength=count).unsqueeze(1)
+    return mean.clamp(min=least).fill_diagonal_(0.0)
+
+
 def _loss_of_part(
-    model: VAR, data: TrainingTokens, config: CCAConfig, loop: LoopConfig, reference: Reference, compiled: bool
+    model: VAR,
+    data: TrainingTokens,
+    config: CCAConfig,
+    loop: LoopConfig,
+    reference: Reference,
+    chances: Tensor | None,
+    compiled: bool,
 ) -> Callable[[Part], tuple[Tensor, Metrics]]:
     null, device = model.config.null_class, model.pos_start.device
 
@@ -254,9 +288,10 @@ def _loss_of_part(
     score = torch.compile(score) if compiled else score
 
     def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
-        labels = data.labels[part.rows]
-        dropped = torch.rand(len(labels), generator=generator(loop.seed, part.step)) < config.null_rate
-        pairs = torch.stack((labels, labels.roll(-1)), dim=1).masked_fill(dropped.unsqueeze(1), null)
+        labels, random = data.labels[part.rows], generator(loop.seed, part.step)
+        dropped = torch.rand(len(labels), generator=random) < config.null_rate
+        others = labels.roll(-1) if chances is None else torch.multinomial(chances[labels], 1, generator=random)[:, 0]
+        pairs = torch.stack((labels, others), dim=1).masked_fill(dropped.unsqueeze(1), null)
         contrasted = pairs[:, 0] != pairs[:, 1]
         own, negatives = pairs[part.own], contrasted[part.own]
         variant = data.variant(part.rows, loop.seed, part.step)[part.own]
@@ -284,7 +319,12 @@ def _loss_of_part(
 
 
 def _check(
-    model: VAR, data: TrainingTokens, loop: LoopConfig, reference: VAR | None, held_out: TrainingTokens | None
+    model: VAR,
+    data: TrainingTokens,
+    loop: LoopConfig,
+    reference: VAR | None,
+    held_out: TrainingTokens | None,
+    negatives: Tensor | None,
 ) -> None:
     config, device = model.config, model.pos_start.device
     for name, tokens in (("data", data), ("held_out", held_out)):
@@ -318,6 +358,9 @@ def _check(
     empty = (data.labels.bincount(minlength=config.num_classes) == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"data: expected images of every class, got none of {len(empty)} classes, such as {empty[:5]}")
+    if negatives is not None:
+        _check_negatives(negatives, data.num_classes)
+        return
     for step in range(min(loop.stop or loop.steps, loop.steps)):
         labels = data.labels[batch_indices(loop, step, len(data))]
         if (labels == labels[0]).all():
@@ -325,3 +368,12 @@ def _check(
                 f"loop: expected batches of two classes or more, as negatives are labels of others, got only class "
                 f"{labels[0].item()} at step {step}: take a larger batch_size or another seed"
             )
+
+
+def _check_negatives(negatives: Tensor, count: int) -> None:
+    if negatives.shape != (count, count):
+        raise ValueError(f"negatives: expected ({count}, {count}), got {tuple(negatives.shape)}")
+    if not (negatives.isfinite().all() and (negatives >= 0).all() and (negatives.sum(1) > 0).all()):
+        raise ValueError("negatives: expected chances, finite and not negative, some above zero in each row")
+    if negatives.diagonal().any():
+        raise ValueError("negatives: expected zeros on the diagonal, for a class is no negative of its own")
