@@ -5,18 +5,18 @@
 
 Test images at random, the class being the one the classifier answers. The probability is the posterior over the three
 candidates that are best by full likelihood, at the calibration's temperature. Insertion begins with the blurred picture
-and deletion ends with grey, as in RISE. Occlusion, ablation, LIME and SHAP, the last three being captum's, ask the same
-posterior over 8 x 8 cells and cover them with the blurred picture. Finished images are kept in `--work`, so a stopped
-run goes on. Writes `benchmarks/results/faithfulness-<model>.json` and `.md`.
+and deletion ends with grey. Occlusion, ablation, LIME and SHAP, the last three being captum's, ask the same
+posterior over 8 x 8 cells and cover them with the blurred picture. What is done is kept in `--work`, so a stopped run
+goes on. Writes `benchmarks/results/faithfulness-<model>.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,11 +30,10 @@ import varlik
 from varlik.datasets import DATA_SETS
 from varlik.evaluation.machine import machine
 from varlik.explanation import comparisons
-from varlik.explanation.faithfulness import Score, curves, posterior_score
-from varlik.explanation.information import Unconditional, explain, mixture_log_prob, others_log_prob
-from varlik.explanation.maps import compose
+from varlik.explanation.faithfulness import curves, posterior_score
+from varlik.explanation.information import Explanation, explain, mixture_log_prob, others_log_prob
+from varlik.explanation.maps import compose, heat
 from varlik.images import load_many
-from varlik.tokens import TokenMaps
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 3
@@ -56,16 +55,17 @@ def main() -> None:
     data = DATA_SETS[options.model]("test", options.data)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: options.images]
     options.work.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
+    found = []
     for index in track(chosen.tolist(), "images", console=Console(stderr=True)):
         file = options.work / f"{options.model}-{index}-{options.steps}.json"
-        if not file.exists():
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if not known.keys() >= set(WAYS):
             pixels = load_many(data.images[index : index + 1, ..., None], classifier.preprocessing)
-            result = measure(classifier, pixels, temperature, options.steps)
-            partial = file.with_suffix(".part")
-            partial.write_text(json.dumps(result))
-            partial.replace(file)
-        found.append(json.loads(file.read_text()))
+            known |= measure(Picture(classifier, pixels, index, temperature), options.steps, known)
+            unfinished = file.with_suffix(".part")
+            unfinished.write_text(json.dumps(known))
+            unfinished.replace(file)
+        found.append({way: known[way] for way in WAYS})
     report = {
         "model": options.model,
         "machine": asdict(machine(classifier.device)),
@@ -83,73 +83,106 @@ def main() -> None:
     print(text)
 
 
-def measure(
-    classifier: varlik.VARClassifier, pixels: Tensor, temperature: float, steps: int
-) -> dict[str, tuple[float, float]]:
-    """Insertion and deletion AUC of one image, (1, C, S, S), by way."""
-    maps = classifier.tokenize_pixels(pixels)
-    scores = classifier.log_likelihood(maps)[0]
-    candidates = scores.topk(CANDIDATES).indices
-    score, first = posterior_score(classifier, candidates, temperature), torch.zeros(1, dtype=torch.int64)
-    importance = information_maps(classifier, maps, pixels.shape[-1], temperature)
-    importance |= {name: way(score, pixels, first) for name, way in OTHERS.items()}
-    found = {name: curves(score, pixels, values, first, steps) for name, values in importance.items()}
-    return {name: (curve.insertion_auc.item(), curve.deletion_auc.item()) for name, curve in found.items()}
+class Picture:
+    """One picture, and what the ways look at; `seed` decides all that is drawn."""
+
+    def __init__(self, classifier: varlik.VARClassifier, pixels: Tensor, seed: int, temperature: float):
+        self.classifier, self.pixels, self.seed, self.temperature = classifier, pixels, seed, temperature
+        self.maps = classifier.tokenize_pixels(pixels)
+        candidates = classifier.log_likelihood(self.maps)[0].topk(CANDIDATES).indices
+        self.score, self.first = posterior_score(classifier, candidates, temperature), torch.zeros(1, dtype=torch.int64)
+
+    @cached_property
+    def explanation(self) -> Explanation:
+        """Against the other classes."""
+        return explain(self.classifier, self.maps)
+
+    @cached_property
+    def null(self) -> Explanation:
+        """Against the null class."""
+        return explain(self.classifier, self.maps, unconditional="null")
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Token log-probs of the target, (1, L)."""
+        return self.explanation.token_log_prob[:, self.column.item()]
+
+    @cached_property
+    def column(self) -> Tensor:
+        """Where among the classes the target is, (1,)."""
+        return (self.explanation.labels == self.explanation.target.unsqueeze(1)).int().argmax(1)
+
+    def map_of(self, values: Tensor, **options: Any) -> Tensor:
+        """Values of tokens as a map of the pixels."""
+        composed = compose(values.float(), self.explanation.patch_nums, **options)
+        size = self.pixels.shape[-1]
+        return F.interpolate(composed.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+
+    def released(self) -> Tensor:
+        """The released code's map: null class, nearest token, negative values cut off, then enlarged."""
+        composed = compose(self.null.information, self.null.patch_nums, rule="nearest")
+        return heat(composed, self.pixels.shape[-1])
+
+    def weights(self) -> list[float]:
+        """The calibration's weights of scales."""
+        calibration = self.classifier.calibration
+        if calibration is None or calibration.scale_weights is None:
+            raise ValueError(f"{self.classifier.name} has no calibration with weights of scales")
+        return calibration.scale_weights.tolist()
+
+    def captum(self, method: comparisons.Method) -> Tensor:
+        torch.manual_seed(self.seed)  # LIME and SHAP draw from the global generator
+        return comparisons.captum(method, self.score, self.pixels, self.first)
 
 
-def information_maps(
-    classifier: varlik.VARClassifier, maps: TokenMaps, size: int, temperature: float
-) -> dict[str, Tensor]:
-    """Our maps of one image, (1, size, size) each, by name."""
-    others, mixture, null = (explain(classifier, maps, unconditional=kind) for kind in get_args(Unconditional))
-    smoothed = explain(classifier, maps, others.target, others.rival, samples=4)
-    log_prob = others.token_log_prob
-    column = (others.labels == others.target.unsqueeze(1)).int().argmax(1)
-    own = log_prob[:, column.item()]
-    calibration = classifier.calibration
-    weights = None if calibration is None or calibration.scale_weights is None else calibration.scale_weights.tolist()
-    found = {
-        "TMI, others": others.information,
-        "TMI, others at the temperature": own - others_log_prob(log_prob, column, temperature),
-        "TMI, others, positive part": others.information.clamp(min=0),
-        "TMI, others, 4 samples": smoothed.information,
-        "TMI, mixture": mixture.information,
-        "TMI, mixture at the temperature": own - mixture_log_prob(log_prob, temperature),
-        "TMI, null class": null.information,
-        "contrast": others.contrast,
-    }
-    composed = {name: _map(values, others.patch_nums, size) for name, values in found.items()}
-    composed |= {
-        "TMI, others, nearest": _map(others.information, others.patch_nums, size, rule="nearest"),
-        "TMI, others, scales weighted": _map(others.information, others.patch_nums, size, scale_weights=weights),
-        "TMI, null class, as released": _map(null.information, null.patch_nums, size, rule="nearest").clamp(min=0),
-    }
-    return composed
-
-
-def _map(values: Tensor, patch_nums: Sequence[int], size: int, **options: Any) -> Tensor:
-    composed = compose(values.float(), patch_nums, **options)
-    return F.interpolate(composed.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)[:, 0]
-
-
-OTHERS: dict[str, Callable[[Score, Tensor, Tensor], Tensor]] = {
-    "random pixels": lambda score, pixels, column: comparisons.random_order(pixels),
-    "random cells": lambda score, pixels, column: comparisons.random_order(pixels, cells=comparisons.CELLS),
-    "centre": lambda score, pixels, column: comparisons.centre(pixels),
-    "edges": lambda score, pixels, column: comparisons.edges(pixels),
-    "occlusion": comparisons.occlusion,
-    **{f"captum {method}": partial(comparisons.captum, method) for method in get_args(comparisons.Method)},
+WAYS: dict[str, Callable[[Picture], Tensor]] = {
+    "others": lambda one: one.map_of(one.explanation.information),
+    "others, at the temperature": lambda one: one.map_of(
+        one.own - others_log_prob(one.explanation.token_log_prob, one.column, one.temperature)
+    ),
+    "others, positive part": lambda one: one.map_of(one.explanation.information.clamp(min=0)),
+    "others, 4 samples": lambda one: one.map_of(
+        explain(one.classifier, one.maps, one.explanation.target, samples=4).information
+    ),
+    "others, nearest": lambda one: one.map_of(one.explanation.information, rule="nearest"),
+    "others, scales weighted": lambda one: one.map_of(one.explanation.information, scale_weights=one.weights()),
+    "mixture": lambda one: one.map_of(one.own - mixture_log_prob(one.explanation.token_log_prob)),
+    "mixture, at the temperature": lambda one: one.map_of(
+        one.own - mixture_log_prob(one.explanation.token_log_prob, one.temperature)
+    ),
+    "null class": lambda one: one.map_of(one.null.information),
+    "null class, as released": lambda one: one.released(),
+    "contrast with the best rival": lambda one: one.map_of(one.explanation.contrast),
+    "random pixels": lambda one: comparisons.random_order(one.pixels, one.seed),
+    "random cells": lambda one: comparisons.random_order(one.pixels, one.seed, cells=comparisons.CELLS),
+    "centre": lambda one: comparisons.centre(one.pixels),
+    "edges": lambda one: comparisons.edges(one.pixels),
+    "occlusion": lambda one: comparisons.occlusion(one.score, one.pixels, one.first),
+    **{f"captum {method}": partial(Picture.captum, method=method) for method in get_args(comparisons.Method)},
 }
+"""By name, importance (1, S, S) of the pixels of a picture."""
+
+
+def measure(one: Picture, steps: int, known: Collection[str] = ()) -> dict[str, tuple[float, float]]:
+    """Insertion and deletion AUC of one picture, by way; those that are `known` are left out."""
+    found = {}
+    for name, way in WAYS.items():
+        if name not in known:
+            curve = curves(one.score, one.pixels, way(one), one.first, steps)
+            found[name] = (curve.insertion_auc.item(), curve.deletion_auc.item())
+    return found
 
 
 def summary(found: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:
     """Means and standard errors over images, by way."""
     report = {}
     for way in found[0]:
-        values = torch.tensor([one[way] for one in found], dtype=torch.float64)
-        means, errors = values.mean(0).tolist(), (values.std(0) / len(values) ** 0.5).tolist()
-        names = ("insertion", "deletion", "insertion error", "deletion error")
-        report[way] = dict(zip(names, (*means, *errors), strict=True))
+        both = torch.tensor([one[way] for one in found], dtype=torch.float64)
+        values = torch.cat((both, both[:, :1] - both[:, 1:]), dim=1)
+        errors = values.std(0, correction=min(1, len(values) - 1)) / len(values) ** 0.5
+        names = ("insertion", "deletion", "difference")
+        report[way] = dict(zip(names, values.mean(0).tolist(), strict=True))
+        report[way] |= {f"{name} error": error for name, error in zip(names, errors.tolist(), strict=True)}
     return report
 
 
@@ -170,7 +203,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         insertion, deletion = x["insertion"], x["deletion"]
         lines.append(
             f"| {way} | {insertion:.3f} ± {x['insertion error']:.3f} | {deletion:.3f} ± {x['deletion error']:.3f} "
-            f"| {insertion - deletion:.3f} |"
+            f"| {x['difference']:.3f} ± {x['difference error']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 

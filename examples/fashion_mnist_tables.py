@@ -29,19 +29,24 @@ from varlik.scoring.score_table import score_table
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 BEST = 4  # classes that smoothing looks at
 SAMPLES = 10
 SAMPLE_COUNTS = (1, 2, 4, 10, 20)
 SIGMAS = (0.02, 0.05, 0.1, 0.2)
-CASCADES = (
-    "full",
-    "50%:5,100%:3,100%x3:1",
-    "30%:6,50%:4,70%:3,100%:2,100%x3:1",
-    "race:0.5%",
-    "screen:0.5%,race:0.5%",
-    "fast",
-)
+CASCADES = {
+    "full": varlik.VARC,
+    **{
+        text: varlik.Cascade.parse(text)
+        for text in (
+            "50%:5,100%:3,100%x3:1",
+            "30%:6,50%:4,70%:3,100%:2,100%x3:1",
+            "race:0.5%",
+            "screen:0.5%,race:0.5%",
+        )
+    },
+    "fast": varlik.FAST,
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def main() -> None:
             report["sweep"] = sweep(scored, options.swept)
             report["cascades"] = cascades(scored, options.smoothed)
     report["machine"] = asdict(machine(torch.device("cpu")))
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "fashion-mnist-tables"
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_markdown(report))
@@ -113,7 +119,7 @@ def two_by_two(scored: Scored, smoothed: int) -> dict[str, float]:
     few = scored.images[:20]
     costs = [
         scored.classifier.classify(few, cascade=cascade).cost.flops.double().mean().item()
-        for cascade in ("full", f"100%:{BEST},100%x{SAMPLES}:1")
+        for cascade in (varlik.VARC, f"100%:{BEST},100%x{SAMPLES}:1")
     ]
     return {
         "all images": top1(plain, scored.labels),
@@ -154,8 +160,8 @@ def cascades(scored: Scored, images: int) -> dict[str, dict[str, float]]:
     """Accuracy, agreement with full likelihood and FLOPs an image of each cascade."""
     full = scored.clean[:images].sum(2).argmax(1)
     found = {}
-    for cascade in track(CASCADES, "cascades", console=Console(stderr=True)):
-        if scored.classifier.calibration is None and ("race" in cascade or cascade == "fast"):
+    for name, cascade in track(CASCADES.items(), "cascades", console=Console(stderr=True)):
+        if scored.classifier.calibration is None and any("race" in str(stage) for stage in cascade.stages):
             continue
         answers, flops = [], []
         for first in range(0, images, 100):
@@ -163,7 +169,7 @@ def cascades(scored: Scored, images: int) -> dict[str, dict[str, float]]:
             answers.append(prediction.classes)
             flops.append(prediction.cost.flops.double())
         chosen = torch.cat(answers)
-        found[cascade] = {
+        found[name] = {
             "top1": top1(chosen, scored.labels),
             "agreement": top1(chosen, full),
             "flops": torch.cat(flops).mean().item(),

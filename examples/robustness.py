@@ -32,7 +32,7 @@ from varlik.evaluation.machine import machine
 from varlik.images import load_many
 from varlik.scoring.score_table import score_table
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 SIGMAS = (0.08, 0.12, 0.18, 0.26, 0.38)
 QUALITIES = (25, 18, 15, 10, 7)
 CNN_LOOP = replace(LOOP, steps=4_000, checkpoint_every=500)
@@ -55,7 +55,8 @@ def main() -> None:
         name, _, place = named.partition("=")
         classifier = varlik.load(place or name, device="cpu")
         ways[name] = lambda data, classifier=classifier: answers(classifier, data, options.work / "scores")
-        parts = (classifier.var, classifier.vqvae.encoder, classifier.vqvae.quantize)
+        vqvae = classifier.vqvae
+        parts = (classifier.var, vqvae.encoder, vqvae.quant_conv, vqvae.quantize)
         parameters[name] = sum(p.numel() for part in parts for p in part.parameters())
     labels = torch.from_numpy(test.labels)
     kinds = {
@@ -74,6 +75,7 @@ def main() -> None:
         "top1": found,
         "machine": asdict(machine(torch.device("cpu"))),
     }
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "robustness-fashion-mnist"
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_markdown(report))

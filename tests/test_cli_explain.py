@@ -64,10 +64,17 @@ def test_tables(run, paths):
     assert (code, err) == (0, "")
     (image,) = answer_of(run, paths[0])["images"]
     assert f"{paths[0]}: Ankle boot (1.0000) against Sneaker (0.0000)" in out
-    for text in ("6: 8 × 8", "TMI against the other classes", "token for", "all", f"{image['contrast']:+.2f}"):
+    for text in (
+        "6: 8 × 8",
+        "nats for Ankle boot, by scale",
+        "against the other classes",
+        "token for",
+        "all",
+        f"{image['contrast']:+.2f}",
+    ):
         assert text in out
     assert str(image["for"][0]["code"]) in out
-    assert "TMI against the null class" in run("explain", paths[0], "--unconditional", "null")[1]
+    assert "against the null class" in run("explain", paths[0], "--unconditional", "null")[1]
 
 
 def test_options_reach_the_library(run, paths):
@@ -79,8 +86,8 @@ def test_options_reach_the_library(run, paths):
     assert image["information"] == pytest.approx(found.information.sum().item(), abs=1e-3)
     assert image["contrast"] == pytest.approx(found.contrast.sum().item(), abs=1e-3)
     assert image["contrast"] < 0
-    (mixture,) = answer_of(run, paths[0], *arguments)["images"]
-    assert mixture["information"] != pytest.approx(image["information"], abs=1e-2)
+    (others,) = answer_of(run, paths[0], *arguments)["images"]
+    assert others["information"] != pytest.approx(image["information"], abs=1e-2)
 
 
 def test_pictures_in_a_folder(run, paths, tmp_path):
@@ -95,6 +102,10 @@ def test_pictures_in_a_folder(run, paths, tmp_path):
     assert answer["files"] == [str(file) for file in wanted]
     assert sorted(folder.iterdir()) == sorted(wanted)
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in wanted)
+    named_like_a_numbered_one = tmp_path / f"1-{paths[0].name}"
+    named_like_a_numbered_one.write_bytes(paths[2].read_bytes())
+    files = answer_of(run, paths[0], copy, named_like_a_numbered_one, "--out", tmp_path / "all")["files"]
+    assert len(set(files)) == len(list((tmp_path / "all").iterdir())) == 6
     code, out, _ = run("explain", copy, "--out", folder, "--format", "svg")
     assert code == 0
     for kind in ("panels", "scales"):
@@ -109,7 +120,8 @@ def test_page(run, paths, tmp_path):
     assert (code, err) == (0, "")
     assert f"wrote {file}" in out
     text = file.read_text("utf-8")
-    assert paths[1].name in text
+    assert f'"name":"{paths[1].name}"' in text
+    assert str(paths[1].parent) not in text
     assert "Coat" in text
     assert text.lstrip().lower().startswith("<!doctype html")
 
@@ -146,7 +158,8 @@ def test_nothing_readable_prints_nothing(run, tmp_path):
         (("--target", "Bag", "--contrast", "8"), "contrast: expected another class than the target"),
         (("--unconditional", "nil"), "'nil'"),
         (("--device", "quantum"), "quantum"),
-        (("--html", "/nowhere/at/all.html"), "html: /nowhere/at/all.html"),
+        (("--html", "/nowhere/at/all.html"), "html: no such folder: /nowhere/at"),
+        (("--format", "pdf"), "format: expected png or svg, got 'pdf'"),
     ],
 )
 def test_wrong_options_exit_2_with_one_line(run, paths, arguments, message):
@@ -164,8 +177,9 @@ def test_places_are_checked_before_any_work(run, paths, tmp_path, monkeypatch):
     for arguments, message in (
         (("--out", file), "is no folder"),
         (("--out", file / "below"), "is no folder"),
-        (("--out", tmp_path, "--format", "pdf"), "png or .svg"),
-        (("--html", tmp_path), "cannot be a file"),
+        (("--out", tmp_path, "--format", "pdf"), "format: expected png or svg, got 'pdf'"),
+        (("--html", tmp_path), "is a folder"),
+        (("--html", "nodir/x.html"), "html: no such folder: nodir"),
     ):
         code, out, err = run("explain", paths[0], *arguments)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
@@ -174,6 +188,13 @@ def test_places_are_checked_before_any_work(run, paths, tmp_path, monkeypatch):
     code, _, err = run("explain", paths[0], "--out", tmp_path)
     assert code == 2
     assert "varlik[plots]" in err
+
+
+@pytest.mark.parametrize("command", ["explain", "benchmark"])
+def test_help_names_the_extra(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "varlik[plots]" in "".join(out.split())
 
 
 def test_no_image_is_a_usage_error(run):

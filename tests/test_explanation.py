@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ import varlik
 from varlik import reference
 from varlik.classifier import VARClassifier
 from varlik.evaluation.samples import samples
-from varlik.explanation.information import Unconditional, explain, mixture_log_prob
+from varlik.explanation.information import Unconditional, explain, mixture_log_prob, others_log_prob
 from varlik.explanation.maps import by_scale, compose, heat
 from varlik.models import checkpoints
 from varlik.smoothing import Smoothing, perturb
@@ -119,7 +120,8 @@ def check_identity(classifier, images, classes, scores):
                 "mixture": scores[:, :-1].logsumexp(1) - math.log(len(classes)),
                 "null": scores[:, -1],
             }[kind]
-            unconditional = found.unconditional_of(label).double().sum(1)
+            unconditional = found.unconditional if label is found.target else found.rival_unconditional
+            unconditional = unconditional.double().sum(1)
             torch.testing.assert_close(unconditional, marginal, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(information.double().sum(1), own - marginal, rtol=1e-4, atol=1e-4)
 
@@ -348,14 +350,15 @@ def test_null_class_among_the_candidates(tiny):
     torch.testing.assert_close(alone.information, found.information, rtol=1e-4, atol=1e-5)
 
 
-def test_contrast_and_mixture_take_no_null_class(tiny):
+@pytest.mark.parametrize("kind", ["others", "mixture"])
+def test_contrast_and_mixtures_take_no_null_class(tiny, kind):
     """Whatever the null class says, or if it says nothing, these stay as they are."""
     classifier, images = tiny
     broken = copy.deepcopy(classifier.var)
     with torch.no_grad():
         broken.class_emb.weight[classifier.null_class] = torch.nan
     without = VARClassifier(broken, classifier.vqvae, classifier.class_names, classifier.preprocessing)
-    found, wanted = explain(without, images), explain(classifier, images)
+    found, wanted = (explain(one, images, unconditional=kind) for one in (without, classifier))
     torch.testing.assert_close(found.information, wanted.information)
     torch.testing.assert_close(found.contrast, wanted.contrast)
     with pytest.raises(ValueError, match="unconditional: the null class of custom gives no finite log-probs"):
@@ -382,14 +385,16 @@ def test_samples_are_averaged(golden, kind):
     each = [perturb(quantizer, images, sample, how) for sample in range(3)]
     assert any((one.tokens != images.tokens).any() for one in each[1:])
     labels = list(range(classifier.null_class + 1))
-    by_class = torch.stack([classifier.token_log_prob(one, labels) for one in each]).double().mean(0)
+    samples = torch.stack([classifier.token_log_prob(one, labels) for one in each]).double()
     marginal = {
-        "others": mixture_log_prob(by_class[:, 1:-1]),
-        "mixture": mixture_log_prob(by_class[:, :-1]),
-        "null": by_class[:, -1],
+        "others": lambda one: mixture_log_prob(one[:, 1:-1]),
+        "mixture": lambda one: mixture_log_prob(one[:, :-1]),
+        "null": lambda one: one[:, -1],
     }[kind]
+    information = torch.stack([one[:, 0] - marginal(one) for one in samples]).mean(0)
+    by_class = samples.mean(0)
     torch.testing.assert_close(found.token_log_prob.double(), by_class[:, :-1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.information.double(), by_class[:, 0] - marginal, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.information.double(), information, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.contrast.double(), by_class[:, 0] - by_class[:, 1], rtol=1e-4, atol=1e-5)
     assert torch.equal(found.tokens, images.tokens)
     smoothed = classifier.smoothed_log_likelihood(images, samples=3, sigma=0.3, seed=5)
@@ -431,6 +436,7 @@ def test_slices(tiny, kind):
         ({"contrast": [1, 2, 3, 4]}, "contrast: expected one class or 3, got 4"),
         ({"target": 3, "classes": [1, 2]}, "target: classes [3] are not among the candidates"),
         ({"contrast": [1, 5, 4], "classes": [1, 2]}, "contrast: classes [4, 5] are not among the candidates"),
+        ({"target": [1, 2, "boat"]}, "target: tiny knows no class 'boat'"),
         ({"samples": 0}, "samples: expected 1 or more, got 0"),
         ({"samples": 2, "sigma": 0.0}, "sigma: expected a positive standard deviation, got 0.0"),
         ({"unconditional": "nil"}, "unconditional: expected 'others' or 'mixture' or 'null', got 'nil'"),
@@ -441,6 +447,40 @@ def test_explain_refuses(tiny, arguments, message):
     with pytest.raises(ValueError) as error:
         explain(classifier, images, **arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 3.5}, "target: expected a class or a list of classes, got float"),
+        ({"contrast": [1, None, 2]}, "contrast: expected"),
+        ({"samples": "2"}, "samples: expected an int, got str"),
+        ({"samples": True}, "samples: expected an int, got bool"),
+    ],
+)
+def test_explain_refuses_other_types(tiny, arguments, message):
+    classifier, images = tiny
+    with pytest.raises(TypeError) as error:
+        explain(classifier, images, **arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_classes_as_arrays(tiny):
+    classifier, images = tiny
+    wanted = explain(classifier, images, target=[3, 3, 3], contrast=[1, 2, 4])
+    for target, contrast in (
+        (np.int64(3), np.array([1, 2, 4])),
+        (torch.tensor(3), torch.tensor([1, 2, 4])),
+    ):
+        found = explain(classifier, images, target, contrast)
+        assert torch.equal(found.contrast, wanted.contrast)
+
+
+def test_others_at_a_temperature_leave_the_class_out():
+    log_prob = -3 * torch.rand(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = others_log_prob(log_prob, torch.tensor([0, 2]), 2.5)
+    torch.testing.assert_close(found[0], mixture_log_prob(log_prob[:1, 1:], 2.5)[0])
+    torch.testing.assert_close(found[1], mixture_log_prob(log_prob[1:, [0, 1, 3]], 2.5)[0])
 
 
 def test_wrong_classes_are_refused_before_any_work(tiny, monkeypatch):

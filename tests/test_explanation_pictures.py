@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from varlik.explanation import pictures
-from varlik.explanation.information import Explanation
+from varlik.explanation.information import Explanation, others_log_prob
 from varlik.explanation.maps import compose
 
 SIDES = {"small": (1, 2, 3, 4, 6, 8), "imagenet": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
@@ -38,8 +38,9 @@ def made_up(sides=SIDES["small"], target=0, rival=3, kind="others", images=1):
         tokens=torch.zeros(images, length, dtype=torch.long),
         patch_nums=sides,
         token_log_prob=log_prob,
+        unconditional=others_log_prob(log_prob, torch.full((images,), target)).float(),
+        rival_unconditional=others_log_prob(log_prob, torch.full((images,), rival)).float(),
         kind=kind,
-        null_log_prob=log_prob.mean(1) if kind == "null" else None,
     )
 
 
@@ -201,7 +202,11 @@ def test_the_image_that_is_asked_for():
         ({"pixels": torch.zeros(1, 32, 30)}, "pixels: expected (1, S, S) or (3, S, S), got (1, 32, 30)"),
         ({"names": NAMES[:3]}, "names: expected one for each class up to 7, got 3"),
         (
-            {"explanation": replace(made_up(kind="null"), null_log_prob=torch.full((1, 130), torch.nan))},
+            {"explanation": replace(made_up(), unconditional=torch.full((1, 130), torch.nan))},
+            "expected finite log-probs",
+        ),
+        (
+            {"explanation": replace(made_up(), rival_unconditional=torch.full((1, 130), -torch.inf))},
             "expected finite log-probs",
         ),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -97,17 +99,32 @@ def test_baselines(pixels):
     assert blurred[0, [0, 2]].eq(-1).all()  # channels stay apart
 
 
+@pytest.mark.gpu
+def test_curves_on_a_gpu_are_those_on_the_cpu(pixels, importance):
+    """Wherever importance and columns lie."""
+    wanted = curves(corner, pixels, importance, FIRST, steps=4, **BLACK)
+    for device in ("cpu", "cuda"):
+        found = curves(corner, pixels.cuda(), importance.to(device), FIRST.to(device), steps=4, **BLACK)
+        torch.testing.assert_close(found.insertion_auc.cpu(), wanted.insertion_auc)
+        torch.testing.assert_close(found.deletion_auc.cpu(), wanted.deletion_auc)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"steps": 0}, "steps: expected 1 or more"),
+        ({"column": FIRST + 2}, "column: expected 0 to 1, got"),
+        ({"column": FIRST - 1}, "column: expected 0 to 1, got"),
+        ({"column": FIRST[:1]}, "column: expected integers"),
+        ({"column": FIRST.float()}, "column: expected integers"),
+        ({"importance": torch.full((2, SIZE, SIZE), torch.nan)}, "importance: expected numbers, got NaN"),
         ({"insertion_baseline": "pink"}, "baseline: expected 'blur' or 'grey' or 'black', got 'pink'"),
         ({"deletion_baseline": "pink"}, "baseline: expected 'blur' or 'grey' or 'black', got 'pink'"),
     ],
 )
 def test_curves_refuse(pixels, importance, options, message):
     with pytest.raises(ValueError, match=message):
-        curves(corner, pixels, importance, FIRST, **options)
+        curves(corner, pixels, **{"importance": importance, "column": FIRST, **options})
     with pytest.raises(ValueError, match="importance: expected"):
         curves(corner, pixels, importance[:1], FIRST)
 
@@ -149,6 +166,13 @@ def test_captum_finds_what_counts(pixels, method):
         assert outside.eq(0).all()
 
 
+def test_without_captum_it_says_what_to_install(pixels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(ImportError, match=r"pip install 'varlik\[explain\]'"):
+        comparisons.captum("Lime", corner, pixels, FIRST)
+
+
 def test_unknown_methods_and_cells(pixels):
     with pytest.raises(ValueError, match="method: expected one of 'FeatureAblation'"):
         comparisons.captum("Guess", corner, pixels, FIRST)
@@ -162,8 +186,9 @@ def test_posterior_score_is_the_classifiers(fashion):
     classes = torch.tensor([7, 2, 9])
     wanted = (classifier.log_likelihood(classifier.tokenize_pixels(pixels), classes).double() / 4).softmax(-1)
     torch.testing.assert_close(posterior_score(classifier, classes, 4.0)(pixels), wanted.float())
-    with pytest.raises(ValueError, match="temperature: expected a positive number"):
-        posterior_score(classifier, classes, 0.0)
+    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature: expected a positive number"):
+            posterior_score(classifier, classes, temperature)
 
 
 def test_attribution_is_the_map(fashion):
@@ -174,8 +199,16 @@ def test_attribution_is_the_map(fashion):
     explanation = explain(classifier, classifier.tokenize_pixels(pixels), [9, 2])
     maps = compose(explanation.information, explanation.patch_nums)
     torch.testing.assert_close(found[:, 0], heat(maps, pixels.shape[-1], signed=True))
-    against = TokenAttribution(classifier).attribute(pixels, target=9, contrast=7, against=True)
+    ways = TokenAttribution(classifier)
+    against = ways.attribute(pixels, target=9, contrast=7)
     contrast = explain(classifier, classifier.tokenize_pixels(pixels), 9, 7).contrast
     wanted = heat(compose(contrast, explanation.patch_nums), pixels.shape[-1], signed=True)
     torch.testing.assert_close(against[:, 0], wanted)
     assert against.abs().max() <= 1
+    torch.testing.assert_close(ways.attribute(pixels, target=9, contrast=7, against=True), against)
+    torch.testing.assert_close(ways.attribute(pixels, torch.tensor(9), torch.tensor(7)), against)
+    torch.testing.assert_close(ways.attribute(pixels, [9, 9], torch.tensor([7, 7])), against)
+    rival = explain(classifier, classifier.tokenize_pixels(pixels), [9, 2]).contrast
+    wanted = heat(compose(rival, explanation.patch_nums), pixels.shape[-1], signed=True)
+    torch.testing.assert_close(ways.attribute(pixels, [9, 2], against=True)[:, 0], wanted)
+    torch.testing.assert_close(ways.attribute(pixels, [9, 2], [7, 7], against=False), found)

@@ -30,15 +30,15 @@ def explain(
     unconditional: Annotated[
         str,
         typer.Option(
-            help="What TMI compares with: others (the mean of the other classes), mixture (of all classes) or null "
-            "(the null class)."
+            help="What a class is compared with: others (the mean of the other classes: weight of evidence), mixture "
+            "(of all classes: TMI) or null (the null class)."
         ),
     ] = "others",
     samples: Annotated[
         int, typer.Option(min=1, help="Average over so many samples of an image, the clean one included.")
     ] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Draw two pictures of each image into this folder; needs varlik[plots].")
+        Path | None, typer.Option(help="Draw two pictures of each image into this folder; needs varlik\\[plots].")
     ] = None,
     ending: Annotated[str, typer.Option("--format", help="Of the pictures in --out: png or svg.")] = "png",
     html: Annotated[Path | None, typer.Option(help="Write a page to look through in a browser.")] = None,
@@ -79,19 +79,20 @@ def explain(
 
 
 def _print(answer: dict[str, Any], files: list[str]) -> None:
-    from varlik.explanation.pictures import MARGINAL
+    from varlik.explanation.information import MARGINAL
 
     for image in answer["images"]:
         target, rival = (f"{image[of]['name']} ({image[of]['posterior']:.4f})" for of in ("target", "rival"))
         console.print(escape(f"{image['image']}: {target} against {rival}"), highlight=False, soft_wrap=True)
-        nats = (f"TMI against {MARGINAL[answer['unconditional']]}", escape(f"against {image['rival']['name']}"))
+        nats = (f"against {MARGINAL[answer['unconditional']]}", escape(f"against {image['rival']['name']}"))
         scales = Table("scale", *nats, title=escape(f"nats for {image['target']['name']}, by scale"))
         for scale in image["scales"]:
             scales.add_row(f"{scale['scale']}: {scale['side']} × {scale['side']}", *_nats(scale))
         scales.add_section()
         scales.add_row("all", *_nats(image))
         console.print(scales)
-        tokens = Table("token for", "scale", "row", "column", "code", *nats)
+        title = escape(f"nats for {image['target']['name']}, by token")
+        tokens = Table("token for", "scale", "row", "column", "code", *nats, title=title)
         for side, of in (("for", "target"), ("against", "rival")):
             for token in image[side]:
                 place = (str(token[key]) for key in ("scale", "row", "column", "code"))

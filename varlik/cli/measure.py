@@ -125,7 +125,7 @@ def benchmark(
         typer.Option(help="Of the engine's products: float16, bfloat16, float32.", show_default="as the device"),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Print where the engine's time goes, op by op.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result in this PNG file; needs varlik[plots].")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result in this PNG file; needs varlik\\[plots].")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
     as_json: AsJson = False,
 ) -> None:

@@ -30,17 +30,21 @@ class Explained:
 
 
 def check(folder: Path | None, ending: str, page: Path | None) -> None:
-    """Whether pictures with such an `ending` can go to `folder`, and a page to a file.
+    """Whether pictures with such an `ending`, png or svg, can go to `folder`, and a page to a file.
 
     Raises `ValueError` without matplotlib, for another ending and for places that cannot be.
     """
+    if f".{ending.lower()}" not in drawing.FORMATS:
+        raise ValueError(f"format: expected png or svg, got {ending!r}")
     if folder is not None:
         drawing.check(f"picture.{ending}")
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         if not nearest.is_dir():
             raise ValueError(f"out: {nearest} is no folder")
-    if page is not None and (page.is_dir() or not page.resolve().parent.is_dir()):
-        raise ValueError(f"html: {page} cannot be a file")
+    if page is not None and page.is_dir():
+        raise ValueError(f"html: {page} is a folder")
+    if page is not None and not page.resolve().parent.is_dir():
+        raise ValueError(f"html: no such folder: {page.parent}")
 
 
 def explain(
@@ -87,25 +91,25 @@ def answer(classifier: VARClassifier, explained: Explained) -> dict[str, Any]:
 def draw(classifier: VARClassifier, explained: Explained, folder: Path, ending: str) -> list[Path]:
     """Write panels and scales of every image into a folder, which is made if need be; returns the files.
 
-    They are named after the picture files, and numbered where two of those have one name. Raises `OSError` for a folder
-    that cannot be made or written to.
+    They are named after the picture files, and all are numbered once two of those have one name. Raises `OSError` for
+    a folder that cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stems = [path.stem for path in explained.paths]
+    if len({stem.casefold() for stem in stems}) < len(stems):  # there are file systems that do not tell "A" from "a"
+        stems = [f"{i}-{stem}" for i, stem in enumerate(stems, start=1)]
     written = []
     for i, path in enumerate(explained.paths):
-        name = stems[i] if stems.count(stems[i]) == 1 else f"{i + 1}-{stems[i]}"
         pixels = image_files.load(path, classifier.preprocessing)
         for kind, drawn in (("panels", drawing.panels), ("scales", drawing.scales)):
-            written.append(folder / f"{name}-{kind}.{ending}")
+            written.append(folder / f"{stems[i]}-{kind}.{ending}")
             drawing.save(drawn(explained.explanation, pixels, classifier.class_names, i), written[-1])
     return written
 
 
 def write_page(classifier: VARClassifier, explained: Explained, file: Path) -> None:
     """Write the page of all images. Raises as `varlik.explanation.report.report`, and `OSError`."""
-    names = [str(path) for path in explained.paths]
-    report.write_report(file, report.report(classifier, names, explained.explanation, names=names))
+    report.write_report(file, report.report(classifier, list(explained.paths), explained.explanation))
 
 
 def _image(classifier: VARClassifier, one: Explanation, path: Path) -> dict[str, Any]:

@@ -30,17 +30,19 @@ class TokenAttribution:
         self.unconditional: Unconditional = unconditional
         self.rule: Rule = rule
 
-    def attribute(self, inputs: Tensor, target: Any = None, contrast: Any = None, *, against: bool = False) -> Tensor:
+    def attribute(
+        self, inputs: Tensor, target: Any = None, contrast: Any = None, *, against: bool | None = None
+    ) -> Tensor:
         """Signed maps (B, 1, H, W) of pixels (B, C, H, W) in [-1, 1], scaled to [-1, 1].
 
-        `target` is a class or one an image (default: the most likely one); with `against`, the maps are of the contrast
-        with `contrast` (default: its best rival) in place of mutual information. Raises as `explain`.
+        `target` is a class or one an image (default: the most likely one). With a `contrast`, likewise, the maps are
+        of the contrast with it in place of mutual information; with `against=True` they are so without one, against
+        the best rival. Raises as `explain`.
         """
         images = self.classifier.tokenize_pixels(inputs)
-        if isinstance(target, Tensor):
-            target = target.tolist() if target.dim() else int(target)
         found = explain(
             self.classifier, images, target, contrast, classes=self.classes, unconditional=self.unconditional
         )
+        against = contrast is not None if against is None else against
         values = found.contrast if against else found.information
         return heat(compose(values, found.patch_nums, self.rule), inputs.shape[-1], signed=True).unsqueeze(1)

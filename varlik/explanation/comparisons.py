@@ -72,7 +72,10 @@ def captum(
     """
     if method not in get_args(Method):
         raise ValueError(f"method: expected one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
-    import captum.attr
+    try:
+        import captum.attr
+    except ImportError as error:
+        raise ImportError("captum: is not installed: python -m pip install 'varlik[explain]'") from error
 
     options = {"perturbations_per_eval": 64}
     if method != "FeatureAblation":

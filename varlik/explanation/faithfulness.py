@@ -9,6 +9,7 @@ Source: "RISE: Randomized Input Sampling for Explanation of Black-box Models", P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,7 +33,7 @@ Score = Callable[[Tensor], Tensor]
 class Curves:
     """Probability of the explained class over the share of pixels changed, for B images.
 
-    `shares` (T + 1,) rise from 0 to 1; `insertion`, `deletion` (B, T + 1) are probabilities.
+    `shares` (T + 1,) rise from 0 to 1; `insertion`, `deletion` (B, T + 1) are probabilities, all on their device.
     """
 
     shares: Tensor
@@ -54,9 +55,9 @@ def posterior_score(classifier: VARClassifier, classes: Tensor, temperature: flo
     """Posterior over `classes` (N,) under full likelihood, log-likelihoods being divided by `temperature`.
 
     At a temperature of 1 posteriors are close to 0 or 1 and curves are steps; a calibrated temperature spreads them.
-    Raises `ValueError` for a temperature that is not positive.
+    Raises `ValueError` for a temperature that is not positive and finite.
     """
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
 
     def score(pixels: Tensor) -> Tensor:
@@ -78,32 +79,45 @@ def curves(
     insertion_baseline: Baseline = "blur",
     deletion_baseline: Baseline = "grey",
 ) -> Curves:
-    """Insertion and deletion curves of B images. The default baselines are those of RISE.
+    """Insertion and deletion curves of B images.
+
+    The default baselines are of the kinds that RISE takes; its blur is of 11 pixels whatever the picture, while ours
+    grows with it (11 pixels for 32), and it takes a step for every row of pixels.
 
     `pixels` (B, C, S, S) in [-1, 1]; `importance` (B, S, S), higher for what speaks more for the class, ties being
     broken from left to right and top to bottom; `column` (B,) of the explained class in the answers of `score`. In each
     of `steps` steps an equal share of the pixels is changed.
 
-    Raises `ValueError` for shapes that do not fit, less than one step and an unknown baseline.
+    Raises `ValueError` for shapes that do not fit, importance that is NaN, columns outside the answers, less than one
+    step and an unknown baseline.
     """
     if pixels.dim() != 4 or importance.shape != (len(pixels), *pixels.shape[2:]):
         raise ValueError(
             f"importance: expected (B, S, S) for pixels {tuple(pixels.shape)}, got {tuple(importance.shape)}"
         )
+    if importance.isnan().any():
+        raise ValueError("importance: expected numbers, got NaN")
+    if column.shape != (len(pixels),) or column.is_floating_point():
+        raise ValueError(f"column: expected integers ({len(pixels)},), got {tuple(column.shape)} {column.dtype}")
     if steps < 1:
         raise ValueError(f"steps: expected 1 or more, got {steps}")
     start, end = blank(pixels, insertion_baseline), blank(pixels, deletion_baseline)
     count = importance[0].numel()
     rank = torch.argsort(torch.argsort(importance.flatten(1), dim=1, descending=True, stable=True), dim=1)
-    shares = torch.linspace(0, 1, steps + 1)
+    rank = rank.to(pixels.device)
     inserted, deleted = [], []
-    for share in shares.tolist():
-        chosen = (rank < round(share * count)).view(len(pixels), 1, *importance.shape[1:])
+    for step in range(steps + 1):
+        chosen = (rank < round(step / steps * count)).view(len(pixels), 1, *importance.shape[1:])
         inserted.append(torch.where(chosen, pixels, start))
         deleted.append(torch.where(chosen, end, pixels))
     # All steps of all images in one call, for the classifier batches them better than a loop would.
     probability = score(torch.cat((*inserted, *deleted)))
-    own = probability.gather(1, column.repeat(2 * len(shares)).unsqueeze(1)).view(2, len(shares), len(pixels))
+    most = probability.shape[1] - 1
+    if ((column < 0) | (column > most)).any():
+        raise ValueError(f"column: expected 0 to {most}, got {column.tolist()}")
+    column = column.to(probability.device, torch.int64).repeat(2 * (steps + 1))
+    own = probability.gather(1, column.unsqueeze(1)).view(2, steps + 1, len(pixels))
+    shares = torch.linspace(0, 1, steps + 1, device=probability.device)
     return Curves(shares, own[0].T.contiguous(), own[1].T.contiguous())
 
 

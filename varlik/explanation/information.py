@@ -4,8 +4,8 @@ A token r says `log p(r | coarser maps, y) - log p(r | what came before)` for cl
 (TMI). Summed over the tokens of an image that is log p(x | y) - log p(x). What stands for p(x) is a choice:
 
 - "others": the mean of p(x | y') over the candidate classes y' but y itself. The difference is the weight of evidence
-  for y: over all tokens it is what the image adds to the log-odds of y. Of the three this one gives the most faithful
-  maps (docs/explanations.md), and it is the default.
+  for y: over all tokens it is what the image adds to the log-odds of y. The default, for its maps are the most
+  faithful of the three (docs/explanations.md).
 - "mixture": the mean of p(x | y') over the candidate classes y', as the definition of mutual information asks. Taken
   token by token, the chain rule gives `log sum over y' of w(y') p(r | coarser maps, y')`, where w is the posterior
   after the tokens before r, in the order of the token maps. Once the coarse maps have settled that posterior on y,
@@ -19,9 +19,11 @@ Evidence", Good 1950 (weight of evidence).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,13 @@ from varlik.tokens import TokenMaps
 
 Unconditional = Literal["others", "mixture", "null"]
 
+MARGINAL: dict[Unconditional, str] = {
+    "others": "the other classes",
+    "mixture": "all candidate classes",
+    "null": "the null class",
+}
+"""What a class is compared with, in words."""
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -40,12 +49,12 @@ class Explanation:
     - `labels` (N,): the candidate classes, whose order columns follow; `target`, `rival` (B,): the class explained and
       the one it is set against.
     - `tokens` (B, L): the clean image's. `patch_nums`: side of each token map.
-    - `token_log_prob` (B, N, L): log p(token | coarser maps, class). `kind`: what stands for log p(token | what came
-      before). `null_log_prob` (B, L): of the null class, where that is the kind.
-    - `unconditional` (B, L): what stands beside the target. `information` (B, L): TMI of the target, in nats;
-      `rival_information` (B, L): of the rival. `contrast` (B, L): log p(token | target) - log p(token | rival).
+    - `token_log_prob` (B, N, L): log p(token | coarser maps, class). `unconditional`, `rival_unconditional` (B, L):
+      what stands for log p(token | what came before) beside the target and beside the rival, as `kind` says.
+    - `information` (B, L): nats that a token says for the target; `rival_information` (B, L): for the rival. `contrast`
+      (B, L): log p(token | target) - log p(token | rival).
 
-    With several samples, log-probs are averaged over them.
+    With several samples all of these are means over them.
     """
 
     labels: Tensor
@@ -54,8 +63,9 @@ class Explanation:
     tokens: Tensor
     patch_nums: tuple[int, ...]
     token_log_prob: Tensor
+    unconditional: Tensor
+    rival_unconditional: Tensor
     kind: Unconditional
-    null_log_prob: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,14 +74,9 @@ class Explanation:
         """The images of a slice."""
         if not isinstance(rows, slice):
             raise TypeError(f"rows: expected a slice, got {type(rows).__name__}")
-        names = ("target", "rival", "tokens", "token_log_prob")
+        names = ("target", "rival", "tokens", "token_log_prob", "unconditional", "rival_unconditional")
         of_images: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        null = None if self.null_log_prob is None else self.null_log_prob[rows]
-        return replace(self, **of_images, null_log_prob=null)
-
-    @property
-    def unconditional(self) -> Tensor:
-        return self.unconditional_of(self.target)
+        return replace(self, **of_images)
 
     @property
     def information(self) -> Tensor:
@@ -79,15 +84,7 @@ class Explanation:
 
     @property
     def rival_information(self) -> Tensor:
-        return self._of(self.rival) - self.unconditional_of(self.rival)
-
-    def unconditional_of(self, classes: Tensor) -> Tensor:
-        """What stands for log p(token | what came before) beside one class an image, (B,): (B, L)."""
-        if self.null_log_prob is not None:
-            return self.null_log_prob
-        if self.kind == "mixture":
-            return mixture_log_prob(self.token_log_prob).to(self.token_log_prob.dtype)
-        return others_log_prob(self.token_log_prob, self._column(classes)).to(self.token_log_prob.dtype)
+        return self._of(self.rival) - self.rival_unconditional
 
     @property
     def contrast(self) -> Tensor:
@@ -100,11 +97,8 @@ class Explanation:
 
     def _of(self, classes: Tensor) -> Tensor:
         """Token log-probs (B, L) of one class an image, (B,)."""
-        column = self._column(classes)
+        column = _column(self.labels, classes)
         return self.token_log_prob[torch.arange(len(self), device=column.device), column]
-
-    def _column(self, classes: Tensor) -> Tensor:
-        return (self.labels == classes.unsqueeze(1)).int().argmax(1)
 
 
 def explain(
@@ -119,21 +113,23 @@ def explain(
     seed: int = 0,
     unconditional: Unconditional = "others",
 ) -> Explanation:
-    """Token-wise mutual information of images with their classes.
+    """What every token of images says for their classes: weight of evidence, or token-wise mutual information.
 
     `target` is a class, or one for each image (default: the most likely one); `contrast` likewise, by default the most
     likely of the others. `classes` are the candidates (default: all); targets and rivals must be among them. With
-    `samples` above 1, log-probs are averaged over the clean image and so many minus one perturbed samples, each token
-    map position by position; `sigma` and `seed` as for `VARClassifier.smoothed_log_likelihood`.
+    `samples` above 1, maps are averaged over the clean image and so many minus one perturbed samples, position by
+    position; `sigma` and `seed` as for `VARClassifier.smoothed_log_likelihood`.
 
-    Raises `ValueError` for less than two candidates, a target or rival outside them, a rival equal to the target, an
-    unknown `unconditional`, a null class without finite log-probs where that is asked for, samples below 1, and as
-    `VARClassifier.token_log_prob`.
+    Raises `TypeError` or `ValueError` naming the argument for less than two candidates, a target or rival that is no
+    class or not among them, a rival equal to the target, an unknown `unconditional`, a null class without finite
+    log-probs where that is asked for, samples that are no number from 1 on, and as `VARClassifier.token_log_prob`.
     """
     if unconditional not in get_args(Unconditional):
         raise ValueError(
             f"unconditional: expected {' or '.join(map(repr, get_args(Unconditional)))}, got {unconditional!r}"
         )
+    if not isinstance(samples, int) or isinstance(samples, bool):
+        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
     if samples < 1:
         raise ValueError(f"samples: expected 1 or more, got {samples}")
     labels = classifier.labels(classes)
@@ -145,15 +141,15 @@ def explain(
     rivals = None if contrast is None else _chosen(classifier, contrast, labels, count, "contrast")
     null = labels.new_tensor([classifier.null_class])
     asked = labels if unconditional != "null" or null in labels else torch.cat((labels, null))
-    found = _mean_log_prob(classifier, maps, asked, samples, Smoothing(sigma, seed))
-    log_prob = found[:, : len(labels)]
-    null_log_prob = found[:, asked == null][:, 0] if unconditional == "null" else None
-    if null_log_prob is not None and not torch.isfinite(null_log_prob).all():
+    found = _log_prob_of_samples(classifier, maps, asked, samples, Smoothing(sigma, seed))
+    log_prob = found[:, :, : len(labels)]
+    of_null = found[:, :, asked == null][:, :, 0] if unconditional == "null" else None
+    if of_null is not None and not torch.isfinite(of_null).all():
         raise ValueError(
             f"unconditional: the null class of {classifier.name} gives no finite log-probs; "
             "'others', 'mixture' and contrasts do without it"
         )
-    scores = log_prob.double().sum(-1)
+    scores = log_prob.double().mean(0).sum(-1)
     if targets is None:
         targets = labels[scores.argmax(1)]
     if rivals is None:
@@ -161,7 +157,27 @@ def explain(
     same = (rivals == targets).nonzero().flatten().tolist()
     if same:
         raise ValueError(f"contrast: expected another class than the target, but it is the target of images {same}")
-    return Explanation(labels, targets, rivals, maps.tokens, maps.patch_nums, log_prob, unconditional, null_log_prob)
+
+    def beside(classes: Tensor) -> Tensor:
+        if of_null is not None:
+            return of_null.mean(0)
+        if unconditional == "mixture":
+            marginals = [mixture_log_prob(sample) for sample in log_prob]
+        else:
+            marginals = [others_log_prob(sample, _column(labels, classes)) for sample in log_prob]
+        return torch.stack(marginals).mean(0).to(log_prob.dtype)
+
+    return Explanation(
+        labels,
+        targets,
+        rivals,
+        maps.tokens,
+        maps.patch_nums,
+        log_prob.mean(0),
+        beside(targets),
+        beside(rivals),
+        unconditional,
+    )
 
 
 def mixture_log_prob(token_log_prob: Tensor, temperature: float = 1.0) -> Tensor:
@@ -186,23 +202,33 @@ def others_log_prob(token_log_prob: Tensor, column: Tensor, temperature: float =
     return mixture_log_prob(token_log_prob[rows, others], temperature)
 
 
-def _mean_log_prob(classifier: VARClassifier, maps: TokenMaps, labels: Tensor, samples: int, how: Smoothing) -> Tensor:
+def _column(labels: Tensor, classes: Tensor) -> Tensor:
+    """Which of `labels` (N,) each of `classes` (B,) is."""
+    return (labels == classes.unsqueeze(1)).int().argmax(1)
+
+
+def _log_prob_of_samples(
+    classifier: VARClassifier, maps: TokenMaps, labels: Tensor, samples: int, how: Smoothing
+) -> Tensor:
+    """Token log-probs (S, B, N, L), the clean images' first."""
     quantizer: MultiScaleQuantizer = classifier.vqvae.quantize
-    total = classifier.token_log_prob(maps, labels)
-    for sample in range(1, samples):
-        total = total + classifier.token_log_prob(perturb(quantizer, maps, sample, how), labels)
-    return total / samples
+    noisy = (perturb(quantizer, maps, sample, how) for sample in range(1, samples))
+    return torch.stack([classifier.token_log_prob(one, labels) for one in (maps, *noisy)])
 
 
 def _chosen(classifier: VARClassifier, wanted: Any, labels: Tensor, count: int, name: str) -> Tensor:
     """One class an image, (B,), from one for all or a list."""
+    if isinstance(wanted, Tensor | np.ndarray | np.generic):
+        wanted = wanted.tolist()
+    if not isinstance(wanted, int | str | Sequence):
+        raise TypeError(f"{name}: expected a class or a list of classes, got {type(wanted).__name__}")
     values = [wanted] * count if isinstance(wanted, int | str) else list(wanted)
     if len(values) != count:
         raise ValueError(f"{name}: expected one class or {count}, got {len(values)}")
     try:
         chosen = torch.cat([classifier.labels([value]) for value in values])
-    except ValueError as error:  # which names the argument of `labels`
-        raise ValueError(f"{name}: {str(error).removeprefix('classes: ')}") from error
+    except (ValueError, TypeError) as error:  # which names the argument of `labels`
+        raise type(error)(f"{name}: {str(error).removeprefix('classes: ')}") from error
     absent = chosen[~torch.isin(chosen, labels)]
     if len(absent):
         raise ValueError(f"{name}: classes {sorted(set(absent.tolist()))} are not among the candidates")

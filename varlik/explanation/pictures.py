@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from varlik.class_names import ClassNames
-from varlik.explanation.information import Explanation
+from varlik.explanation.information import MARGINAL, Explanation
 from varlik.explanation.maps import by_scale, compose, heat
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 FORMATS = (".png", ".svg")
-
-MARGINAL = {"others": "the other classes", "mixture": "the mean of the classes", "null": "the null class"}
-"""What a class is compared with, in words."""
 
 _FOR, _AGAINST = "#D55E00", "#0072B2"
 _AGAINST_TO_FOR = ((0, "#003A63"), (0.2, _AGAINST), (0.5, "#F7F7F7"), (0.8, _FOR), (1, "#7A2E00"))
@@ -294,7 +291,8 @@ def _checked(explanation: Explanation, pixels: Tensor, names: Sequence[str], ima
     if len(names) < most:  # the null class comes after the last name
         raise ValueError(f"names: expected one for each class up to {most}, got {len(names)}")
     one = explanation[image : image + 1]
-    if not (one.token_log_prob.isfinite().all() and one.information.isfinite().all()):
+    beside = torch.stack((one.unconditional, one.rival_unconditional))
+    if not (one.token_log_prob.isfinite().all() and beside.isfinite().all()):
         raise ValueError("explanation: expected finite log-probs, got NaN or infinity")
     return one
 

@@ -9,6 +9,8 @@ const SVG = byId("blank").namespaceURI;
 const sides = data.patch_nums;
 const starts = sides.map((_, k) => sides.slice(0, k).reduce((sum, p) => sum + p * p, 0));
 const side = sides[sides.length - 1];
+for (const image of data.images) for (const part of ["log_prob", "unconditional"]) // they come in thousandths of a nat
+  image[part] = image[part].map((values) => values.map((x) => x / 1000));
 const AGAINST = [33, 102, 172], ZERO = [247, 247, 247], FOR = [217, 95, 2]; // told apart with any colour vision
 
 // Small helpers -----------------------------------------------------------------------------------------------------
@@ -107,10 +109,11 @@ function aboutToken(image, k, i, j) {
 
 /** One place of the composed map: the tokens of all scales that lie over its centre. */
 function aboutPlace(image, map, i, j) {
+  const unconditional = image.unconditional[map.kind === "rival" ? 1 : 0];
   const rows = sides.map((p, k) => {
     const [y, x] = [i, j].map((at) => Math.floor(((at + 0.5) * p) / side)), t = starts[k] + y * p + x;
     return row(`${k + 1}: ${y + 1}, ${x + 1}`, String(image.tokens[t]), plain(image.log_prob[0][t]),
-      plain(image.log_prob[1][t]), plain(image.unconditional[0][t]), signed(map.values[t]));
+      plain(image.log_prob[1][t]), plain(unconditional[t]), signed(map.values[t]));
   });
   const titles = ["scale: place", "code", "target", "rival", "uncond.", "value"];
   return [
@@ -193,8 +196,7 @@ function mapFigure(image) {
     legend.replaceChildren(...legendOf(image, map, most));
     caption.replaceChildren(...captionOf(image, map));
   }
-  const fade = () => { canvas.style.opacity = controls.opacity.value / 100; };
-  return { figure: make("figure", { class: "map" }, stack, legend, caption), show, fade };
+  return { figure: make("figure", { class: "map" }, stack, legend, caption), show };
 }
 
 function legendOf(image, map, most) {
@@ -203,18 +205,18 @@ function legendOf(image, map, most) {
   const explained = map.kind === "rival" ? rival : target;
   const ends = map.kind === "contrast"
     ? [speaks("for", rival), speaks("for", target)] : [speaks("against", explained), speaks("for", explained)];
-  const bar = make("div", { class: "bar" });
-  bar.style.background = `linear-gradient(to right, ${[AGAINST, ZERO, FOR].map((rgb) => `rgb(${rgb})`).join(", ")})`;
+  const colours = make("div");
+  colours.style.background = `linear-gradient(to right, ${[AGAINST, ZERO, FOR].map((rgb) => `rgb(${rgb})`).join(", ")})`;
   return [
-    bar,
+    make("div", { class: "bar" }, colours),
     make("div", { class: "ends" }, ...[plain(-most), "0", signed(most)].map((text) => make("span", {}, text))),
     make("div", { class: "ends" }, ...ends),
   ];
 }
 
 function captionOf(image, map) {
-  const total = sum(map.values), own = map.k < 0 ? total : sum(map.rows.flat());
+  const sums = image.sums[map.kind], total = sum(sums);
   const meaning = { target: "information about the target", rival: "information about the rival", contrast: "contrast" };
   return [`Sum of ${meaning[map.kind]}: ${signed(total, 2)} nats` +
-    (map.k < 0 ? ` over ${whole(map.values.length)} tokens.` : `, of which scale ${map.k + 1} has ${signed(own, 2)}.`)];
+    (map.k < 0 ? ` over ${whole(map.values.length)} tokens.` : `, of which scale ${map.k + 1} has ${signed(sums[map.k], 2)}.`)];
 }

@@ -14,14 +14,14 @@ const swatch = (c) => draw("svg", { class: "swatch", viewBox: "-12 -7 24 14", "a
   draw("path", { d: "M-12 0H12", style: stroke(c) }), mark(c, 0, 0));
 
 function posteriorTable(image) {
-  const last = sides.length - 1, best = Math.max(...image.race.map((scores) => scores[last]));
+  const last = sides.length - 1;
   const order = image.classes.map((_, c) => c).sort((a, b) => image.race[b][last] - image.race[a][last]);
   const rows = order.map((c) => {
     const label = image.classes[c], bar = make("span", { class: "share" });
     bar.style.cssText = `width: ${100 * image.posterior[c]}%; background: ${paintOf(c)}`;
     const roles = [[0, "target"], [1, "rival"]].filter(([at]) => at === c).map(([, role]) => role);
     if (label === image.truth) roles.push("truth");
-    const behind = image.race[c][last] - best;
+    const behind = image.race[c][last] - image.leader[last];
     return make("tr", {},
       make("th", { scope: "row" }, swatch(c), named(label), " ", make("small", {}, roles.join(", "))),
       make("td", { class: "track", "aria-hidden": "true" }, bar),
@@ -34,15 +34,14 @@ function posteriorTable(image) {
 }
 
 function raceFigure(image) {
-  const leaders = sides.map((_, k) => Math.max(...image.race.map((scores) => scores[k])));
-  const behind = image.race.map((scores) => scores.map((x, k) => x - leaders[k]));
+  const behind = image.race.map((scores) => scores.map((x, k) => x - image.leader[k]));
   const holder = make("div", { class: "chart" });
   const rows = image.classes.map((label, c) => row(named(label), ...image.race[c].map((x) => plain(x, 2))));
   const numbers = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Running log-likelihoods" },
     make("table", {}, heads("class", ...sides.map((_, k) => (k ? `${k + 1}` : "scale 1"))), make("tbody", {}, ...rows)));
   new ResizeObserver(() => holder.replaceChildren(raceChart(image, behind, holder))).observe(holder);
   return make("figure", { class: "race" }, make("h3", {}, "Race over the scales"), holder,
-    make("figcaption", {}, "Running log-likelihood, in nats behind the class that leads at each scale."),
+    make("figcaption", {}, "Running log-likelihood, in nats behind the leader of all candidates at each scale."),
     make("details", {}, make("summary", {}, "Running log-likelihoods as numbers"), numbers));
 }
 
@@ -135,7 +134,7 @@ function start() {
   const show = () => { hideTip(); figures.forEach((figure) => figure.show()); };
   const fade = () => {
     byId("percent").textContent = `${controls.opacity.value} %`;
-    figures.forEach((figure) => figure.fade());
+    byId("images").style.setProperty("--opacity", controls.opacity.value / 100); // of maps and their legends
   };
   controls.kind.addEventListener("change", show);
   controls.scale.addEventListener("change", show);
