@@ -176,7 +176,8 @@ def more_likelihood(
         return -log_likelihood(model, vectors, images, inputs).mean() / images.shape[1], {}
 
     validate = None if watched is None else lambda _: accuracy(model, watched)
-    return train(model.train(), loss_of_part, loop, folder, len(data), validate=validate).eval()
+    start = validate is not None
+    return train(model.train(), loss_of_part, loop, folder, len(data), validate=validate, validate_start=start).eval()
 
 
 def write(report: dict) -> None:

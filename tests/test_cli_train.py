@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from tiny_model import MANY, VQVAE_CONFIG
 
 import varlik
+from varlik.datasets import LabelledImages
 from varlik.evaluation import train as training
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.training import loop as loop_module
+from varlik.training.distributed import World
 from varlik.training.vqvae_file import load_vqvae, save_vqvae
 
 SIZES = {
@@ -122,16 +124,63 @@ def test_cca(run, model, tmp_path):
     out = ok(run(*command, "--held-out", 0.25, "--evaluate-every", 3, "--patience", 0))
     assert "run varlik calibrate" in out
     assert varlik.load(tmp_path / "m", device="cpu").class_names == CLASSES
-    assert not equal(weights(tmp_path / "m"), weights(model))
     records = [json.loads(line) for line in (tmp_path / "m/work/cca/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "score" in record] == [3, 6]
+    assert [record["step"] for record in records if "score" in record] == [0, 3, 6]
     state = torch.load(tmp_path / "m/work/cca/checkpoint.pt", weights_only=True)
     assert state["settings"]["size"] == 18  # six of each class
     assert state["settings"]["cca"]["weight"] == 2.0
+    assert not equal(state["model"], weights(model))
 
     other = draw(tmp_path / "other", ("elm", "ash"), 3)
     ok(run(*command[:5], "--out", tmp_path / "n", "--held-out", other, *FEW))
     assert (tmp_path / "n" / "work" / "held-out-tokens" / "tokens.npy").exists()
+
+
+def test_no_step_was_better_than_the_start(run, model, tmp_path):
+    data = draw(tmp_path / "data", ("Elm", "ash", "t-shirt_top"))
+    command = ("train", "cca", data, "--model", model, "--out", tmp_path / "m", *FEW, "--held-out", data)
+    # A rate too small to move a weight: no look finds more than the first one.
+    out = ok(run(*command, "--evaluate-every", 1, "--patience", 2, "--learning-rate", 1e-30))
+    assert "no step did better" in out
+    assert steps(tmp_path / "m/work/cca") == [0, 1, 2]
+    assert equal(weights(tmp_path / "m"), weights(model))
+
+
+def test_held_out_images_of_a_var(run, pictures, model, sizes, tmp_path):
+    given = ("train", "var", pictures, "--vqvae", model, "--config", sizes, *FEW, "--evaluate-every", 2)
+    few = draw(tmp_path / "few", ("elm", "ash"), 3)  # not all classes, so that labels are others
+    out = ok(run(*given, "--held-out", few, "--out", tmp_path / "m"))
+    assert "score" in out
+    assert "no step did better" not in out  # a new model has no start to go back to
+    assert steps(tmp_path / "m/work/var") == [2, 4, 6]
+    ok(run(*given, "--held-out", 0.25, "--out", tmp_path / "n"))
+    other = draw(tmp_path / "other", ("fir",), 3)
+    fails(run(*given, "--held-out", other, "--out", tmp_path / "o"), "held_out", "fir")
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 32), (2, 16), (8, 4), (32, 1), (64, 1)])
+def test_processes_share_the_parts_of_a_preset(model, tmp_path, monkeypatch, size, parts):
+    data = draw(tmp_path / "data", ("ash", "t-shirt_top", "elm"), 1)
+    seen = []
+    monkeypatch.setattr(training.distributed, "world", lambda: World(0, size, 0))
+    monkeypatch.setattr(training, "train_cca", lambda var, data, config, loop, *args, **_: seen.append(loop) or var)
+    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    run = training.Run(str(data), tmp_path / "m", device="cpu")
+    training.cca(run, str(model), "d16")
+    training.cca(replace(run, changes={"accumulate": 2}), str(model), "d16")
+    assert [loop.accumulate for loop in seen] == [parts, 2]
+    assert seen[0].batch_size % (size * parts) == 0
+
+
+def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
+    """Other data than folders write a name as it is."""
+    seen = []
+    source = LabelledImages(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1]), ("t-shirt/TOP", "Elm"))
+    monkeypatch.setattr(training, "idx_folder", lambda *args: source)
+    monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
+    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    training.cca(training.Run("idx:x", tmp_path / "m", device="cpu"), str(model))
+    assert seen[0].labels.tolist() == [1, 2, 1, 2]
 
 
 def test_classes_are_found_by_name(model, tmp_path, monkeypatch):
@@ -266,7 +315,7 @@ def test_wrong_input(run, pictures, model, sizes, tmp_path):
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--precision", "int8"), "precision", "int8")
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--batch-size", 99), "batch_size", "99", "24")
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--batch-size", 5, "--accumulate", 2), "batch_size")
-    fails(run("train", "cca", pictures, "-m", model, *out), "oak", "class")
+    fails(run("train", "cca", pictures, "-m", model, *out), "data", "oak", "class")
     named = draw(tmp_path / "named", ("ash", "elm", "t-shirt_top"))
     fails(run("train", "cca", named, "-m", model, *out, "--preset", "d17"), "preset", "d16", "d17")
     fails(run("train", "cca", named, "-m", model, *out, "--beta", -1), "beta", "-1")
@@ -292,6 +341,9 @@ def test_work_of_another_data_set_is_refused(run, pictures, model, sizes, tmp_pa
     fails(run("train", "var", pictures, *given, "--resume", "--learning-rate", 1.0), "learning_rate")
     other = draw(tmp_path / "other", ("ash", "oak"))
     fails(run("train", "var", other, *given, "--resume"), "source", "tokens")
+    ok(run("train", "vqvae", pictures, "--config", sizes, "--out", tmp_path / "v", *FEW))
+    same = draw(tmp_path / "same", ("ash", "oak", "elk"))  # as many pictures
+    fails(run("train", "vqvae", same, "--config", sizes, "--out", tmp_path / "v", *FEW, "--resume"), "another data")
 
 
 def test_a_missing_extra_is_one_line(run, pictures, model, sizes, tmp_path, monkeypatch):

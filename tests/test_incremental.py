@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import training_case
 from tiny_model import CONFIG, VQVAE_CONFIG, make_classifier, make_images, make_model
 
 import varlik
@@ -225,6 +226,37 @@ def test_resuming_from_another_model_or_choice_is_refused(data, tmp_path):
         train_incremental(make_model(seed=1), data, "embeddings", loop(2), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="another what"):
         train_incremental(make_model(), data, "adaln", loop(2), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="another data:"):
+        train_incremental(make_model(), data.of_rows(torch.arange(24).flip(0)), "embeddings", loop(2), tmp_path)
+
+
+def run_incremental(folder, **changes):
+    settings = loop(6, log_every=1, evaluate_every=3, **changes)
+    held_out, model = make_data(12, seed=1), make_model()
+    return train_incremental(model, make_data(), "adaln", settings, folder, held_out=held_out, quiet=True)
+
+
+def test_two_processes_equal_one(tmp_path):
+    for process in (processes := training_case.start([(run_incremental, tmp_path / "two", {})], size=2)):
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = run_incremental(tmp_path / "one").state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [record["step"] for record in one] == list(range(7))
+    for a, b in zip(one, two, strict=True):
+        a.pop("seconds"), b.pop("seconds")
+        assert a == pytest.approx(b, rel=1e-8, abs=1e-10)
+    first, second = (training_case.weights(tmp_path / "two", rank) for rank in range(2))
+    for name, value in whole.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9, msg=name)
+        assert torch.equal(first[name], second[name]), name
 
 
 def test_parts_of_a_batch_train_alike(data, tmp_path):
@@ -242,6 +274,15 @@ def test_held_out_likelihood_decides_what_is_best(data, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     best = max(record["score"] for record in records if "score" in record)
     assert own(trained, held_out).mean() == pytest.approx(best, rel=1e-5)
+
+
+def test_the_start_stays_where_no_step_is_better(data, tmp_path):
+    model, held_out = make_model(), make_data(12, seed=1)
+    config = loop(20, learning_rate=30.0, evaluate_every=4, patience=2, warmup=0)
+    trained = train_incremental(model, data, "embeddings", config, tmp_path, held_out=held_out, quiet=True)
+    scored = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in scored if "score" in record] == [0, 4, 8]
+    assert torch.equal(trained.class_emb.weight, add_classes(model, NEW, config.seed).class_emb.weight)
 
 
 # What cannot be
@@ -276,7 +317,14 @@ def test_classes_that_are_not_independent_cannot_be_protected_by_folding(data, t
             {"data": make_data(labels=torch.arange(24) % OLD, names=NAMES[:OLD])},
             "data: expected names of the model's 6 classes and of new ones, got 6 names",
         ),
-        ({"model": make_model(replace(CONFIG, vocab_size=21))}, "config: expected vocab_size 20"),
+        (
+            {"model": make_model(replace(CONFIG, vocab_size=21))},
+            "data: expected the model's vocab_size 21, got 20",
+        ),
+        (
+            {"held_out": replace(make_data(12), quantizer=make_quantizer().to("meta"))},
+            "held_out: expected its quantizer on cpu, as the model, got meta",
+        ),
         (
             {"held_out": make_data(names=(*NAMES[:-1], "other"))},
             "held_out: expected the classes",

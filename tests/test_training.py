@@ -13,9 +13,10 @@ from torch import nn
 from training_case import VAR, VQ, loop, pictures, run_stopping, run_var, tokens
 
 from varlik.training.data import TrainingTokens
+from varlik.training.likelihood import log_likelihood
 from varlik.training.loop import Part, batch_indices, build_optimizers, learning_rate, train
 from varlik.training.var import contrast_var, feature_maps, train_var
-from varlik.training.vqvae import FEATURE_STD, rescale_features, train_vqvae
+from varlik.training.vqvae import FEATURE_STD, rescale_features, residual_cells, train_vqvae
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,29 @@ def test_rescaling_features_changes_nothing_but_their_size(vqvae):
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 
+def test_features_are_measured_on_a_random_sample_in_batches(vqvae, monkeypatch):
+    pixels, labels = pictures(300)
+    pixels = pixels[labels.argsort()]  # as in folders: class after class
+    seen = []
+    real = vqvae.encode
+    monkeypatch.setattr(vqvae, "encode", lambda batch: seen.append(batch) or real(batch))
+    monkeypatch.setattr("varlik.training.vqvae.FEATURE_IMAGES", 100)
+    before = {name: value.clone() for name, value in vqvae.state_dict().items()}
+    rescale_features(vqvae, pixels, std=1.0, seed=4)
+    assert [len(batch) for batch in seen] == [64, 36]
+    rows = torch.randperm(300, generator=torch.Generator().manual_seed(4))[:100]
+    assert torch.equal(torch.cat(seen), pixels[rows])
+    assert real(pixels[rows]).std().item() == pytest.approx(1.0, rel=1e-4)
+    vqvae.load_state_dict(before)
+
+
+def test_residuals_do_not_depend_on_batches(vqvae):
+    pixels, _ = pictures()
+    whole = residual_cells(vqvae, [pixels])
+    assert whole.shape == (64 * (1 + 4), VQ.codebook_dim)
+    torch.testing.assert_close(residual_cells(vqvae, pixels.split(24)), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_var_learns_the_class(data, tmp_path):
     var = train_var(data, VAR, loop(120), tmp_path, quiet=True)
     assert (scores_of(var, data).argmax(1) == data.labels).double().mean() > 0.95
@@ -105,14 +129,29 @@ def test_contrast_widens_margins_and_keeps_a_likelihood(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 3}, "config: expected num_classes 2, as in the data, got 3"),
-        ({"vocab_size": 17}, "config: expected vocab_size 16"),
-        ({"patch_nums": (1, 2, 3)}, r"config: expected patch_nums \(1, 2\)"),
+        ({"num_classes": 3}, "data: expected the model's num_classes 3, got 2"),
+        ({"vocab_size": 17}, "data: expected the model's vocab_size 17, got 16"),
+        ({"patch_nums": (1, 2, 3)}, r"data: expected the model's patch_nums \(1, 2, 3\), got \(1, 2\)"),
     ],
 )
 def test_a_model_of_other_data_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train_var(tokens(), replace(VAR, **change), loop(2), tmp_path, quiet=True)
+
+
+def test_held_out_images_decide_which_var_is_kept(data, tmp_path):
+    training, held_out = data.split(0.25)
+    settings = loop(40, evaluate_every=4, patience=2, learning_rate=0.3, warmup=0)  # too fast to end well
+    var = train_var(training, VAR, settings, tmp_path, quiet=True, held_out=held_out)
+    scores = [record["score"] for record in records(tmp_path) if "score" in record]
+    tokens_, inputs, labels = held_out.batch(torch.arange(len(held_out)))
+    with torch.no_grad():
+        found = log_likelihood(var, var.class_vectors(labels), tokens_, inputs).mean().item()
+    assert found == pytest.approx(max(scores), rel=1e-5)
+    with pytest.raises(ValueError, match=r"held_out: expected loop\.evaluate_every of 1 or more"):
+        train_var(training, VAR, loop(2), tmp_path, quiet=True, held_out=held_out)
+    with pytest.raises(TypeError, match="held_out: expected TrainingTokens, got float"):
+        train_var(training, VAR, settings, tmp_path, quiet=True, held_out=0.1)
 
 
 def test_stop_leaves_the_schedule_alone(tmp_path):
@@ -172,6 +211,10 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
         train_var(data, replace(VAR, depth=2), loop(10), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="another size"):
         train_var(data.of_rows(torch.arange(40)), VAR, loop(10), tmp_path, quiet=True)
+    for other in (replace(data, labels=1 - data.labels), data.of_rows(torch.arange(64).flip(0))):
+        with pytest.raises(ValueError, match="another data:"):
+            train_var(other, VAR, loop(10), tmp_path, quiet=True)
+    train_var(data.of_rows(torch.arange(64)), VAR, loop(10), tmp_path, quiet=True)  # all of them
     train_var(data, VAR, loop(10, log_every=3, checkpoint_every=7, accumulate=2), tmp_path, quiet=True)
 
 
@@ -279,6 +322,58 @@ class _Overflow(torch.autograd.Function):
         return (gradient * ctx.factor).reshape(1, 1), None
 
 
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+
+    def loss_of_part(part):
+        return _Overflow.apply(model.weight, float("inf")), {}
+
+    config = loop(40, precision="float16", log_every=1)
+    with pytest.raises(FloatingPointError, match="norm of the gradient is inf at step 16"):
+        train(model, loss_of_part, config, tmp_path, 16, quiet=True)
+    assert model.weight.item() == before
+    found = records(tmp_path)
+    assert [record["loss_scale"] for record in found] == [2.0**i for i in range(15, -1, -1)]
+    assert all(record["grad_norm"] is None for record in found)
+
+
+def test_metrics_are_json_whatever_they_are(tmp_path):
+    model = nn.Linear(1, 1)
+
+    def loss_of_part(part):
+        return model(torch.ones(1, 1)).sum(), {"nan": float("nan"), "inf": float("-inf")}
+
+    train(model, loss_of_part, loop(1), tmp_path, 16, quiet=True)
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (record["nan"], record["inf"]) == (None, None)
+    assert isinstance(record["loss"], float)
+
+
+def test_a_setting_that_only_one_run_has_is_another_setting(tmp_path):
+    def run(**settings):
+        model = nn.Linear(1, 1)
+        loss = lambda part: (model(torch.ones(1, 1)).sum(), {})  # noqa: E731
+        train(model, loss, loop(1), tmp_path, 16, settings=settings, quiet=True)
+
+    table = torch.tensor([[0.0, 0.1], [1.0, 0.0]])
+    run(table=table, name="a")
+    run(table=table.double() * (1 + 1e-5), name="a")
+    for settings, words in (
+        ({"name": "a"}, "another table:"),
+        ({"table": table, "name": "a", "more": 1}, "another more:"),
+        ({"table": table * 1.1, "name": "a"}, "another table:"),
+        ({"table": table[:1], "name": "a"}, "another table:"),
+        ({"table": [0.0], "name": "b"}, "another table, name:"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(**settings)
+
+
 @pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
 def test_what_is_not_finite_ends_the_run(tmp_path, what):
     model = nn.Linear(1, 1, bias=False)
@@ -315,6 +410,17 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"patience": 2}, "patience: 2 needs evaluate_every"),
+        ({"patience": -1}, "patience: expected 0 or more, got -1"),
+        ({"evaluate_every": -5}, "evaluate_every: expected 0 or more, got -5"),
+        ({"warmup": -1}, "warmup: expected 0 or more, got -1"),
+        ({"stop": -1}, "stop: expected 0 or more, got -1"),
+        ({"muon_rate": -0.1}, "muon_rate: expected 0 or more, got -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected 0 or more, got nan"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a positive number, got inf"),
+        ({"clip": 0.0}, "clip: expected a positive number, got 0.0"),
+        ({"hold": 1.5}, "hold: expected a share between 0 and 1, got 1.5"),
+        ({"average": 1.0}, "average: expected 0 or more and less than 1, got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             loop(5, **changes)

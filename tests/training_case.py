@@ -16,7 +16,7 @@ import torch
 
 from varlik.models.config import VARConfig, VQVAEConfig
 from varlik.models.quantizer import MultiScaleQuantizer
-from varlik.training import distributed
+from varlik.training import distributed, vqvae
 from varlik.training.data import TrainingTokens
 from varlik.training.loop import LoopConfig, generator, train
 from varlik.training.var import contrast_var, train_var
@@ -71,7 +71,9 @@ def run_contrast(folder, **changes):
 def run_vqvae(folder, **changes):
     pixels, _ = pictures()
     pixels = pixels.to(torch.get_default_dtype())
-    with mock.patch("varlik.training.vqvae.RESTART_EVERY", 4):
+    # Only process 0 chooses new codes, the others take them over.
+    cells = vqvae.residual_cells if distributed.world().main else None
+    with mock.patch("varlik.training.vqvae.RESTART_EVERY", 4), mock.patch.object(vqvae, "residual_cells", cells):
         return train_vqvae(pixels, VQ, loop(12, log_every=1, **changes), folder, device="cpu", quiet=True)
 
 

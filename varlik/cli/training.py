@@ -163,7 +163,7 @@ def vqvae(run: Run, like: Like = "fashion-mnist", config: Config = None) -> Trai
     return training.vqvae(run, like, config)
 
 
-@_command("held_out", "evaluate_every", "patience")
+@_command()
 def var(
     run: Run,
     vqvae: Annotated[

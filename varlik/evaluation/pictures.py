@@ -88,14 +88,22 @@ def of_classes(classifier: VARClassifier, paths: Sequence[Path], labels: Tensor)
     return tuple(path for path, label in zip(paths, truth(classifier, paths).tolist(), strict=True) if label in wanted)
 
 
-def _class_of(classifier: VARClassifier, folder: Path) -> int:
-    names, written = classifier.class_names, folder.name
+def class_index(classifier: VARClassifier, written: str) -> int:
+    """Index of a class as people write it: by name, with underscores for slashes too, index or ImageNet's synset id.
+
+    Raises `ValueError` for what is no class.
+    """
+    names = classifier.class_names
     if names == imagenet_class_names() and written in imagenet_synset_ids():
         return imagenet_synset_ids().index(written)
     slashed = [name for name in names if "/" in name and name.replace("/", "_").casefold() == written.casefold()]
     if len(slashed) == 1 and written not in names:
         written = slashed[0]
+    return int(classifier.labels([written])[0])
+
+
+def _class_of(classifier: VARClassifier, folder: Path) -> int:
     try:
-        return int(classifier.labels([written])[0])
+        return class_index(classifier, folder.name)
     except ValueError as error:
         raise ValueError(f"{folder}: expected a folder named after a class; {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from varlik.classifier import VARClassifier
 from varlik.datasets import DATA_SETS, SPLITS, ImageSource, hugging_face, idx_folder, image_folder
-from varlik.evaluation.pictures import truth
+from varlik.evaluation.pictures import class_index
 from varlik.models import checkpoints
 from varlik.models.checkpoints import Checkpoint
 from varlik.models.config import Preprocessing
@@ -190,7 +191,7 @@ def vqvae(run: Run, like: str, config: Path | None = None) -> Trained | None:
     given, taken = (preprocessing.resolution, preprocessing.channels), (shape.resolution, shape.in_channels)
     if given != taken:
         raise ValueError(f"config: preprocessing gives (side, channels) {given}, but the VQ-VAE takes {taken}")
-    pixels: Any = Pixels(images_of(run.data), preprocessing, run.complain)
+    pixels = Pixels(images_of(run.data), preprocessing, run.complain)
     model = train_vqvae(pixels, shape, loop, folder, device=run.device, quiet=run.quiet)
     return _finish(run, folder, lambda: save_vqvae(run.out, model, preprocessing))
 
@@ -205,11 +206,20 @@ def var(run: Run, vqvae: str, like: str, config: Path | None = None) -> Trained 
     preset, changes = get_preset(like), _read_config(config)
     autoencoder, preprocessing = load_vqvae(vqvae)
     autoencoder.to(distributed.own_device(run.device))
-    data, _ = run.tokens(autoencoder, preprocessing, lambda names: (torch.arange(len(names)), names))
+    known: list[str] = []
+
+    def classes(names: Names) -> tuple[Tensor, Names]:
+        if not known:
+            known.extend(names)
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"held_out: expected classes of the data, got {', '.join(unknown)}")
+        return torch.tensor([known.index(name) for name in names]), tuple(known)
+
+    data, held_out = run.tokens(autoencoder, preprocessing, classes)
     fixed = {field: getattr(autoencoder.config, field) for field in ("patch_nums", "vocab_size", "codebook_dim")}
     fixed["num_classes"] = data.num_classes
     shape = _changed(replace(preset.var, **fixed), changes.get("var", {}), "var")
-    model = train_var(data, shape, loop, folder, compiled=run.compiled, quiet=run.quiet)
+    model = train_var(data, shape, loop, folder, compiled=run.compiled, quiet=run.quiet, held_out=held_out)
     return _finish(run, folder, lambda: checkpoints.save(run.out, model, autoencoder, data.class_names, preprocessing))
 
 
@@ -218,23 +228,28 @@ def cca(
 ) -> Trained | None:
     """Fine-tune `model` by condition contrastive alignment on images of its classes, and write it to `run.out`.
 
-    The settings are those of a `preset` of `varlik.training.cca`, with another `beta` or `weight` if given. Classes of
-    the data are found in the model by their names. Raises `ValueError` for an unknown preset or class, and as
-    `train_cca`.
+    The settings are those of a `preset` of `varlik.training.cca`, with another `beta` or `weight` if given; several
+    processes share its parts of a batch. Classes of the data are found in the model by their names. Raises `ValueError`
+    for an unknown preset or class, and as `train_cca`.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     given = {name: value for name, value in (("beta", beta), ("weight", weight)) if value is not None}
     config = replace(PRESETS[preset].cca, **given)
-    folder, loop = run.stage("cca"), run.loop(PRESETS[preset].loop)
+    usual = PRESETS[preset].loop
+    usual = replace(usual, accumulate=max(1, usual.accumulate // distributed.world().size))
+    folder, loop = run.stage("cca"), run.loop(usual)
     start = _start(run, model)
     parts = (start.vqvae, start.class_names, start.preprocessing)
     classifier = VARClassifier(start.var, *parts, name=start.name)
 
     def classes(names: Names) -> tuple[Tensor, Names]:
-        known = names == start.class_names
-        labels = torch.arange(len(names)) if known else truth(classifier, [Path(name) / "picture" for name in names])
-        return labels, start.class_names
+        if names == start.class_names:
+            return torch.arange(len(names)), names
+        try:
+            return torch.tensor([class_index(classifier, name) for name in names]), start.class_names
+        except ValueError as error:
+            raise ValueError(f"data: expected classes of the model; {error}") from error
 
     data, held_out = run.tokens(start.vqvae, start.preprocessing, classes)
     trained = train_cca(
@@ -289,8 +304,12 @@ def _finish(run: Run, folder: Path, save: Callable[[], object], notes: tuple[str
     if not main:
         return None
     save()
-    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-    return Trained(run.out, json.loads(last), notes)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = {record["step"]: record["score"] for record in records if "score" in record}
+    if 0 in scores and max(scores.values()) == scores[0]:
+        notes = ("no step did better on what is held out than the start, so the weights stay what they were", *notes)
+    # A figure that was not finite is null in the file.
+    return Trained(run.out, {k: math.nan if v is None else v for k, v in records[-1].items()}, notes)
 
 
 def _read_config(file: Path | None) -> dict[str, dict[str, Any]]:

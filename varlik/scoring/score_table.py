@@ -29,9 +29,13 @@ def score_table(
 
     With a `folder`, finished parts are kept in files there, named by a digest of all that decides them (weights,
     precision, classes, tokens, inputs), and read when asked for again; damaged ones are computed anew.
-    `progress` is told how many of all images are done. Raises as `Engine.open`, and `OSError` for a folder that cannot
-    be written.
+    `progress` is told how many of all images are done. Raises `ValueError` for labels of another shape, as
+    `Engine.open`, and `OSError` for a folder that cannot be written.
     """
+    if labels.dim() not in (1, 2) or not labels.numel() or (labels.dim() == 2 and len(labels) != len(images)):
+        raise ValueError(
+            f"labels: expected (N,) or ({len(images)}, N) with one class or more, got {tuple(labels.shape)}"
+        )
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     engine.prepare(labels.unique())

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,13 @@ from torch import Tensor
 
 from varlik.models.var import VAR
 from varlik.models.weights import digest
-from varlik.scoring.engine import NO_ROW, Engine
-from varlik.scoring.options import EngineOptions
+from varlik.scoring.engine import Engine
 from varlik.scoring.score_table import SHARD, score_table
-from varlik.tokens import TokenMaps
-from varlik.training.data import TrainingTokens
+from varlik.training.data import TrainingTokens, check_fits
 from varlik.training.likelihood import log_likelihood
-from varlik.training.loop import LoopConfig, Metrics, Part, batch_indices, generator, train
-
-TABLE_BYTES = 2**30
+from varlik.training.loop import LoopConfig, Part, batch_indices, check_looked_at, generator, train
+from varlik.training.metrics import Metrics
+from varlik.training.reference_scores import TABLE_BYTES, Reference
 
 
 @dataclass(frozen=True)
@@ -135,54 +134,6 @@ def cca_loss(
     return loss / max(weight, 1.0) if normalise else loss
 
 
-class Reference:
-    """Log-likelihoods under a model that stays as it is, each scored once as far as the table goes.
-
-    The table has `table_bytes` at most, on the CPU: an entry per class for as many (image, variant) pairs as fit; none
-    without `revisits`, when no pair is met again. On a CPU it changes no bit of a result: with `revisits`, rows are
-    scored one at a time, so that a score does not depend on which others are asked for along with it.
-    """
-
-    def __init__(self, model: VAR, data: TrainingTokens, revisits: bool = True, table_bytes: int = TABLE_BYTES):
-        device, dtype = model.pos_start.device, model.pos_start.dtype
-        one_by_one = revisits and device.type == "cpu"  # takes twice as long as rows together
-        # Float16, which the engine takes on GPUs by default, would blur the ratios.
-        self._engine = Engine(model, EngineOptions(dtype=dtype, max_memory=0 if one_by_one else None))
-        self._engine.prepare(torch.arange(model.config.num_classes + 1, device=device))
-        self._device, self._variants = device, data.variants
-        classes = model.config.num_classes + 1
-        pairs = min(len(data) * data.variants, table_bytes // (4 * classes)) if revisits else 0
-        # Zero stands for "not scored yet"; memory that is never written costs nothing.
-        self._table = torch.zeros(pairs, classes, dtype=torch.float32)
-
-    def __call__(self, images: TokenMaps, rows: Tensor, variant: Tensor, labels: Tensor) -> Tensor:
-        """log p(image | label), (b, 2) float32 on the CPU, of `labels` (b, 2).
-
-        `images` are the token maps of the data's `rows` (b,) in their `variant` (b,).
-        """
-        place = (rows * self._variants + variant).unsqueeze(1)
-        kept = (place < len(self._table)).expand_as(labels)
-        known = torch.zeros(labels.shape, dtype=torch.float32)
-        known[kept] = self._table[place.expand_as(labels)[kept], labels[kept]]
-        wanted = labels.masked_fill(known != 0, NO_ROW)
-        twice = labels[:, 0] == labels[:, 1]
-        wanted[twice, 1] = NO_ROW
-        if (wanted != NO_ROW).any():
-            known[wanted != NO_ROW] = self._score(images, wanted)
-            known[twice, 1] = known[twice, 0]
-            self._table[place.expand_as(labels)[kept], labels[kept]] = known[kept]
-        return known
-
-    def _score(self, images: TokenMaps, labels: Tensor) -> Tensor:
-        engine = self._engine
-        candidates = engine.open(images, labels.to(self._device))
-        try:
-            engine.advance(candidates, engine.config.num_scales, retain=0)
-            return candidates.total(engine.config.num_scales).cpu()
-        finally:
-            engine.close(candidates)
-
-
 def train_cca(
     model: VAR,
     data: TrainingTokens,
@@ -200,11 +151,10 @@ def train_cca(
 
     The negative label of an image is that of the next one in the batch, as published; with `negatives` (N, N) it is
     drawn from the row of its class, whose numbers are chances but for a factor: see `confusion`. `reference` (default:
-    the model as it comes)
-    is left alone; its scores are kept in a table of at most `table_bytes`, to be used again in later epochs.
-    With a `config.null_rate` of 0 the loss is not normalised, as in the authors' code; unlike there, a neighbour of the
-    same class is no negative then either. With `held_out`, top-1 accuracy there by full likelihood, found every
-    `loop.evaluate_every` steps, decides which weights are kept and when to stop early.
+    the model as it comes) is left alone; its scores are kept in a table of at most `table_bytes`, to be used again in
+    later epochs. With a `config.null_rate` of 0 the loss is not normalised, as in the authors' code; unlike there, a
+    neighbour of the same class is no negative then either. With `held_out`, top-1 accuracy there by full likelihood,
+    found at the start and every `loop.evaluate_every` steps, decides which weights are kept and when to stop early.
 
     `folder` is as for `varlik.training.loop.train`, whose figures are joined by `log_ratio` and `negative_log_ratio`
     (means, in nats), `decided` (share of negatives less likely than the image's own class) and `nats_per_token`.
@@ -220,15 +170,18 @@ def train_cca(
         reference = copy.deepcopy(model)
     steps = min(loop.stop or loop.steps, loop.steps)
     scores = Reference(reference, data, steps > len(data) // loop.batch_size, table_bytes)
-    settings = {"cca": asdict(config), "reference": digest(reference)}
+    settings: dict[str, Any] = {"cca": asdict(config), "reference": digest(reference), "data": data.fingerprint()}
     if negatives is not None:
-        settings["negatives"] = negatives.tolist()
+        settings["negatives"] = negatives = negatives.detach().cpu()
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    loss_of_part = _loss_of_part(model, data, config, loop, scores, negatives, compiled)
+    loss_of_part = _loss_of_part(model, data, config, loop, scores, negatives, compiled=compiled)
     validate = None if held_out is None else lambda _: accuracy(model, held_out)
     model.train().requires_grad_(True)
     try:
-        train(model, loss_of_part, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet)
+        train(
+            model, loss_of_part, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet,
+            validate_start=True,
+        )  # fmt: skip
     finally:
         model.zero_grad(set_to_none=True)
         for parameter, flag in zip(model.parameters(), wanted, strict=True):
@@ -239,36 +192,46 @@ def train_cca(
 
 def accuracy(model: VAR, data: TrainingTokens) -> float:
     """Share of the plain images whose own class has the highest likelihood under `model` as it is now."""
-    engine = Engine(model)
-    classes = torch.arange(model.config.num_classes, device=model.pos_start.device)
-    right = 0
-    for rows in torch.arange(len(data)).split(SHARD):
-        found = score_table(engine, data.token_maps(rows), classes).sum(2).argmax(1)
-        right += int((found.cpu() == data.labels[rows]).sum())
+    right = sum(int((scores.argmax(1) == data.labels[rows]).sum()) for rows, scores in _full_scores(model, data))
     return right / len(data)
 
 
-def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least: float = 0.02) -> Tensor:
-    """How likely each class is mistaken for each other one, (N, N) float64 with zeros on the diagonal.
+def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least: float = 0.1) -> Tensor:
+    """How likely each class is mistaken for each other one, (N, N) float64: rows sum to 1, zeros on the diagonal.
 
-    Row y is the mean posterior, log-likelihoods being divided by `temperature`, over the plain images of class y; no
-    entry off the diagonal is below `least`, so that every class is met. `train_cca` draws negatives by it: labels of
-    other images are mostly far from an image's own, and telling those apart teaches little.
+    Row y is the mean posterior of the other classes, log-likelihoods being divided by `temperature`, over the plain
+    images of class y. A share `least` of the chances is spread evenly, so that every class is met. `train_cca` draws
+    negatives by it: labels of other images are mostly far from an image's own, and telling those apart teaches little.
 
-    Raises `ValueError` for a class without images.
+    Raises `TypeError` or `ValueError`, naming the argument, for values out of range, data that are not for the model, a
+    single class and classes without images.
     """
-    engine = Engine(model)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if not 0 <= least <= 1:
+        raise ValueError(f"least: expected a share between 0 and 1, got {least}")
+    check_fits("data", model.config, data, model.pos_start.device)
     count = model.config.num_classes
-    classes = torch.arange(count, device=model.pos_start.device)
-    empty = (data.labels.bincount(minlength=count) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"data: expected images of every class, got none of {empty[:5]}")
+    if count < 2:
+        raise ValueError(f"model: expected two classes or more, got {count}")
+    _check_every_class(data)
     total = torch.zeros(count, count, dtype=torch.float64)
+    for rows, scores in _full_scores(model, data):
+        total.index_add_(0, data.labels[rows], (scores.double() / temperature).softmax(1))
+    total.fill_diagonal_(0.0)
+    sums = total.sum(1, keepdim=True)
+    even = (1 - torch.eye(count, dtype=torch.float64)) / (count - 1)
+    # Where no class is ever mistaken for another, even chances are as good as any.
+    chances = torch.where(sums > 0, total / sums, even)
+    return (1 - least) * chances + least * even
+
+
+def _full_scores(model: VAR, data: TrainingTokens) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (b,) of plain images and their log-likelihoods (b, N) under `model` as it is now, on the CPU."""
+    engine = Engine(model)
+    classes = torch.arange(model.config.num_classes, device=model.pos_start.device)
     for rows in torch.arange(len(data)).split(SHARD):
-        scores = score_table(engine, data.token_maps(rows), classes).sum(2).double().cpu()
-        total.index_add_(0, data.labels[rows], (scores / temperature).softmax(1))
-    mean = total / data.labels.bincount(minlength=count).unsqueeze(1)
-    return mean.clamp(min=least).fill_diagonal_(0.0)
+        yield rows, score_table(engine, data.token_maps(rows), classes).sum(2).cpu()
 
 
 def _loss_of_part(
@@ -278,6 +241,7 @@ def _loss_of_part(
     loop: LoopConfig,
     reference: Reference,
     chances: Tensor | None,
+    *,
     compiled: bool,
 ) -> Callable[[Part], tuple[Tensor, Metrics]]:
     null, device = model.config.null_class, model.pos_start.device
@@ -327,23 +291,10 @@ def _check(
     negatives: Tensor | None,
 ) -> None:
     config, device = model.config, model.pos_start.device
-    for name, tokens in (("data", data), ("held_out", held_out)):
-        if tokens is None and name == "held_out":
-            continue
-        if not isinstance(tokens, TrainingTokens):
-            raise TypeError(f"{name}: expected TrainingTokens, got {type(tokens).__name__}")
-        quantizer, codes = tokens.quantizer, tokens.quantizer.embedding
-        mine = (config.vocab_size, config.codebook_dim, config.patch_nums)
-        theirs = (codes.num_embeddings, codes.embedding_dim, tuple(quantizer.patch_nums))
-        if mine != theirs:
-            raise ValueError(
-                f"{name}: expected tokens of a codebook of {mine[0]} codes of {mine[1]} numbers at scales {mine[2]}, "
-                f"got one of {theirs[0]} codes of {theirs[1]} numbers at scales {theirs[2]}"
-            )
-        if codes.weight.device != device:
-            raise ValueError(f"{name}: expected its quantizer on {device}, as the model, got {codes.weight.device}")
-        if tokens.num_classes != config.num_classes:
-            raise ValueError(f"{name}: expected the model's {config.num_classes} classes, got {tokens.num_classes}")
+    check_fits("data", config, data, device)
+    if held_out is not None:
+        check_fits("held_out", config, held_out, device)
+        check_looked_at(loop)
     if reference is not None:
         if not isinstance(reference, VAR):
             raise TypeError(f"reference: expected a VAR, got {type(reference).__name__}")
@@ -353,11 +304,7 @@ def _check(
             raise ValueError(f"reference: expected the model's {told}")
         if reference.pos_start.device != device:
             raise ValueError(f"reference: expected it on {device}, as the model, got {reference.pos_start.device}")
-    if held_out is not None and not loop.evaluate_every:
-        raise ValueError("held_out: expected loop.evaluate_every of 1 or more along with it, got 0")
-    empty = (data.labels.bincount(minlength=config.num_classes) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"data: expected images of every class, got none of {len(empty)} classes, such as {empty[:5]}")
+    _check_every_class(data)
     if negatives is not None:
         _check_negatives(negatives, data.num_classes)
         return
@@ -370,7 +317,16 @@ def _check(
             )
 
 
+def _check_every_class(data: TrainingTokens) -> None:
+    empty = (data.labels.bincount(minlength=data.num_classes) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"data: expected images of every class, got none of {len(empty)} classes, such as {empty[:5]}")
+
+
 def _check_negatives(negatives: Tensor, count: int) -> None:
+    if not isinstance(negatives, Tensor) or not negatives.dtype.is_floating_point:
+        kind = negatives.dtype if isinstance(negatives, Tensor) else type(negatives).__name__
+        raise TypeError(f"negatives: expected a floating-point tensor, got {kind}")
     if negatives.shape != (count, count):
         raise ValueError(f"negatives: expected ({count}, {count}), got {tuple(negatives.shape)}")
     if not (negatives.isfinite().all() and (negatives >= 0).all() and (negatives.sum(1) > 0).all()):

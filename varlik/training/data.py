@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varlik.models.config import VARConfig
 from varlik.models.quantizer import MultiScaleQuantizer
 from varlik.tokens import TokenMaps
 
@@ -67,6 +69,14 @@ class TrainingTokens:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that stand for the labels, the places and how many tokens there are, not which."""
+        places = torch.arange(len(self)) if self.places is None else self.places
+        found = hashlib.blake2b(repr((self.tokens.shape, self.class_names)).encode(), digest_size=16)
+        for part in (self.labels, places):
+            found.update(part.cpu().contiguous().numpy().data)
+        return found.hexdigest()
 
     def variant(self, rows: Tensor, seed: int, step: int) -> Tensor:
         """Which variant each of `rows` (b,) shows at a step, (b,) int64 in [0, A): drawn from (seed, step) alone."""
@@ -177,6 +187,27 @@ class TrainingTokens:
             raise ValueError(f"{name}: expected one dimension, got {tuple(index.shape)}")
         if len(index) and not 0 <= index.min() <= index.max() < size:
             raise ValueError(f"{name}: expected 0 to {size - 1}, got {index.min().item()} to {index.max().item()}")
+
+
+def check_fits(name: str, config: VARConfig, data: TrainingTokens, device: torch.device) -> None:
+    """Raise unless the argument called `name` holds token maps and classes for a model of `config` on `device`.
+
+    `TypeError` for other kinds of values, `ValueError` for what does not fit.
+    """
+    if not isinstance(data, TrainingTokens):
+        raise TypeError(f"{name}: expected TrainingTokens, got {type(data).__name__}")
+    codebook = data.quantizer.embedding
+    given = {
+        "patch_nums": tuple(data.quantizer.patch_nums),
+        "vocab_size": codebook.num_embeddings,
+        "codebook_dim": codebook.embedding_dim,
+        "num_classes": data.num_classes,
+    }
+    for field, value in given.items():
+        if getattr(config, field) != value:
+            raise ValueError(f"{name}: expected the model's {field} {getattr(config, field)}, got {value}")
+    if codebook.weight.device != device:
+        raise ValueError(f"{name}: expected its quantizer on {device}, as the model, got {codebook.weight.device}")
 
 
 def token_type(vocab_size: int) -> type[np.integer]:

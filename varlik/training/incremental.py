@@ -29,19 +29,17 @@ from varlik.models import checkpoints
 from varlik.models.checkpoints import Checkpoint
 from varlik.models.var import VAR, ClassVectors
 from varlik.models.weights import digest
-from varlik.training.data import TrainingTokens
-from varlik.training.likelihood import log_likelihood
-from varlik.training.loop import LoopConfig, Part, generator, train
+from varlik.training.data import TrainingTokens, check_fits
+from varlik.training.likelihood import Score, log_likelihood, mean_log_likelihood
+from varlik.training.loop import LoopConfig, Part, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
-from varlik.training.var import CLASS_DROPOUT, check_fits
+from varlik.training.var import CLASS_DROPOUT
 
 Change = Literal["embeddings", "adaln", "all"]
 CHANGES: tuple[Change, ...] = get_args(Change)
 START_NOISE = 0.3  # of new embeddings, in standard deviations of old ones: equal starts would stay dependent
 MAX_CONDITION = 1e3  # of all classes' silu(e): beyond it, rounding of the folded weights would reach old scores
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # labels, tokens, inputs -> log-likelihoods (R,)
 OLD_CALIBRATION_FILE = "calibration-old-classes.safetensors"
-VALIDATION_BATCH = 64
 
 
 def add_classes(model: VAR, count: int, seed: int = 0) -> VAR:
@@ -119,7 +117,7 @@ def train_incremental(
     `data.class_names` are those of the old classes and then the new ones, its labels are new ones. What may change is
     said at the top of this file. The loss is the mean negative log-likelihood, in nats per token; weight decay reaches
     only what is trained. With "all", a tenth of the labels becomes the null class, which is trained too. With
-    `held_out`, log-likelihood of these images of new classes decides which weights are best, every
+    `held_out`, log-likelihood of these images of new classes decides which weights are best, at the start and every
     `loop.evaluate_every` steps. `compiled` as for `train_var`; `folder` as for `loop.train`, and its checkpoints hold
     no more than what is trained: to resume, call again with the same `model`.
 
@@ -133,8 +131,7 @@ def train_incremental(
         _check_data("held_out", model, held_out)
         if held_out.class_names != data.class_names:
             raise ValueError(f"held_out: expected the classes {data.class_names}, got {held_out.class_names}")
-        if not loop.evaluate_every:
-            raise ValueError("held_out: expected loop.evaluate_every of 1 or more along with it, got 0")
+        check_looked_at(loop)
     grown = add_classes(model, data.num_classes - old, loop.seed).train()
     for parameter in grown.parameters():
         parameter.requires_grad_(what == "all")
@@ -150,10 +147,17 @@ def train_incremental(
         vectors = grown.class_vectors(labels)
         return log_likelihood(grown, classes.add_offsets(vectors, labels) if classes else vectors, tokens, inputs)
 
-    settings = {"what": what, "model": digest(model), "class_names": list(data.class_names)}
+    settings = {
+        "what": what,
+        "model": digest(model),
+        "class_names": list(data.class_names),
+        "data": data.fingerprint(),
+    }
     loss = _loss_of_part(data, loop, torch.compile(score) if compiled else score, grown.config.null_class, what)
-    validate = None if held_out is None else lambda _: _mean_log_likelihood(score, held_out)
-    train(trained, loss, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet)
+    validate = None if held_out is None else lambda _: mean_log_likelihood(score, held_out)
+    train(
+        trained, loss, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet, validate_start=True
+    )
     if classes:
         _set_embeddings(grown, classes.weight.detach())
         if classes.offsets:
@@ -205,15 +209,6 @@ def _loss_of_part(
         return -score(labels, tokens, inputs).mean() / length, {}
 
     return loss_of_part
-
-
-def _mean_log_likelihood(score: Score, data: TrainingTokens) -> float:
-    """Of the plain images under their own classes, per image, in nats."""
-    total = 0.0
-    for rows in torch.arange(len(data)).split(VALIDATION_BATCH):
-        tokens, inputs, labels = data.batch(rows)
-        total += score(labels, tokens, inputs).double().sum().item()
-    return total / len(data)
 
 
 @torch.no_grad()
@@ -280,13 +275,10 @@ def _check_data(name: str, model: VAR, data: TrainingTokens) -> int:
     old, total, labels = model.config.num_classes, data.num_classes, data.labels
     if total <= old:
         raise ValueError(f"{name}: expected names of the model's {old} classes and of new ones, got {total} names")
-    check_fits(replace(model.config, num_classes=total), data)
+    check_fits(name, replace(model.config, num_classes=total), data, model.pos_start.device)
     if int(labels.min()) < old:
         raise ValueError(f"{name}: expected labels of new classes, {old} to {total - 1}, got {int(labels.min())}")
     absent = sorted(set(range(old, total)) - set(labels.unique().tolist()))
     if absent:
         raise ValueError(f"{name}: expected images of every new class, got none of {absent}")
-    device, theirs = model.pos_start.device, data.quantizer.embedding.weight.device
-    if device != theirs:
-        raise ValueError(f"{name}: expected a quantizer on {device}, where the model is, got one on {theirs}")
     return old

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from varlik import ops
 from varlik.models.var import VAR, ClassVectors
+from varlik.training.data import TrainingTokens
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # labels, tokens, inputs -> log-likelihoods (R,)
+VALIDATION_BATCH = 64
 
 
 def log_likelihood(model: VAR, vectors: ClassVectors, tokens: Tensor, inputs: Tensor) -> Tensor:
@@ -24,3 +30,13 @@ def log_likelihood(model: VAR, vectors: ClassVectors, tokens: Tensor, inputs: Te
         normed = ops.ada_layer_norm(hidden, scale, shift, None, dtype=dtype)
         log_prob = ops.token_log_prob(normed.flatten(0, 1), head.weight.to(dtype), head.bias, tokens.flatten())
     return log_prob.view(tokens.shape).double().sum(1)
+
+
+@torch.no_grad()
+def mean_log_likelihood(score: Score, data: TrainingTokens) -> float:
+    """Of the plain images under their own classes, per image, in nats."""
+    total = 0.0
+    for rows in torch.arange(len(data)).split(VALIDATION_BATCH):
+        tokens, inputs, labels = data.batch(rows)
+        total += score(labels, tokens, inputs).double().sum().item()
+    return total / len(data)

@@ -70,6 +70,17 @@ class LoopConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("muon_rate", "warmup", "stop", "weight_decay", "evaluate_every", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if not self.clip > 0:
+            raise ValueError(f"clip: expected a positive number, got {self.clip}")
+        if not 0 <= self.hold <= 1:
+            raise ValueError(f"hold: expected a share between 0 and 1, got {self.hold}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average: expected 0 or more and less than 1, got {self.average}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.patience and not self.evaluate_every:
@@ -142,6 +153,12 @@ def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.O
     return [adamw, Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay)] if matrices else [adamw]
 
 
+def check_looked_at(config: LoopConfig) -> None:
+    """Raise `ValueError` where held-out images would never be looked at."""
+    if not config.evaluate_every:
+        raise ValueError("held_out: expected loop.evaluate_every of 1 or more along with it, got 0")
+
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -155,6 +172,7 @@ def train(
     validate: Callable[[int], float] | None = None,
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    validate_start: bool = False,
 ) -> Model:
     """Run `config.steps` steps on batches of `size` items and leave the trained weights in `model`, on its device.
 
@@ -163,15 +181,16 @@ def train(
     `after_step(step)` may act on the model after the update, alike in every process.
     `validate(step)` returns a score, higher is better; it sees the averaged weights if there are any, in evaluation
     mode and without gradients. It runs in every process, and what process 0 finds counts. With validation the best
-    weights are those that are left in the model, else the averaged or the last ones.
-    `settings` are further values the run depends on, of types that JSON knows.
+    weights are those that are left in the model, else the averaged or the last ones. With `validate_start` the weights
+    that the run starts from are validated too, as step 0, and are left if no step finds better ones.
+    `settings` are further values the run depends on, of types that JSON knows, or tensors, compared to three digits.
 
     `folder` receives `checkpoint.pt`, written atomically, and `metrics.jsonl`; a run resumes from a checkpoint found
     there. Started by torchrun, process 0 writes and all must see the folder.
 
     Raises `ValueError` if that checkpoint belongs to another configuration, if the batch cannot be cut into equal parts
     or if `config` asks for validation and there is none; `FloatingPointError` if the loss, its gradient or a score is
-    not finite.
+    not finite, a gradient in float16 only where a smaller scale does not help.
     """
     world = distributed.world()
     parts = world.size * config.accumulate
@@ -190,6 +209,10 @@ def train(
     end = min(config.stop or config.steps, config.steps)
     log = MetricsLog(folder, run.step, end, config.tensorboard, quiet) if world.main else None
     with log or nullcontext():
+        if validate and config.evaluate_every and validate_start and run.step == 0:
+            score = run.evaluate(validate)
+            if log:
+                log.write({"step": 0, "score": score, "seconds": round(time.monotonic() - started, 1)})
         while run.step < end and not run.gave_up:
             step, done = run.step, run.step + 1
             metrics = run.update(loss_of_part, batch_indices(config, step, size))
@@ -239,15 +262,18 @@ class _Run:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        # A scale too large for float16 shows here; the scaler lowers it and this step is lost.
         if norm.isfinite():
             for optimizer in self.optimizers:
                 optimizer.step()
             self._update_average()
-        elif not self.scaler.is_enabled():
-            self._check(norm.item(), "norm of the gradient")
+        before = self.scaler.get_scale()
         self.scaler.update()
-        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        after = self.scaler.get_scale()
+        # A scale too large for float16 shows in the norm; the scaler lowers it and this step is lost. A gradient that
+        # no scale helps is not finite itself.
+        if not 1 <= after < before:
+            self._check(norm.item(), "norm of the gradient")
+        scale = {"loss_scale": after} if self.scaler.is_enabled() else {}
         loss = metrics.pop("loss")
         return {"loss": loss, "grad_norm": norm.item(), "lr_share": rate, **scale, **metrics}
 
@@ -341,8 +367,12 @@ class _Run:
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             mine = {k: v for k, v in asdict(self.config).items() if k not in _FREE} | self.settings
-            theirs = state["config"] | state.get("settings", {})
-            differing = [name for name in mine if name not in theirs or theirs[name] != mine[name]]
+            theirs = {k: v for k, v in state["config"].items() if k not in _FREE} | state.get("settings", {})
+            differing = [
+                name
+                for name in dict.fromkeys((*mine, *theirs))
+                if name not in mine or name not in theirs or not _same(mine[name], theirs[name])
+            ]
             if differing:
                 raise ValueError(
                     f"{path} was written with another {', '.join(differing)}: remove it or use another folder"
@@ -358,3 +388,10 @@ class _Run:
         distributed.broadcast_([first])
         if first != self.step:
             raise RuntimeError(f"{path}: process 0 found step {first}, this one {self.step}: do they see one folder?")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are one; numbers of tensors may differ by rounding, as they are computed anew."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.allclose(one.cpu().double(), other.cpu().double(), rtol=1e-3, atol=0)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -52,10 +53,12 @@ class MetricsLog:
         self._progress.update(self._bar, completed=step)
 
     def write(self, record: Metrics) -> None:
-        """Add a line; `record` holds at least step and loss."""
-        self._file.write(json.dumps(record) + "\n")
+        """Add a line; `record` holds at least the step. What is not finite, which JSON does not know, becomes null."""
+        plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
-        self._progress.update(self._bar, note=f"loss {record['loss']:.4f}")
+        if "loss" in record:
+            self._progress.update(self._bar, note=f"loss {record['loss']:.4f}")
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":
@@ -71,7 +74,7 @@ def _cut_back(path: Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
-        if record["step"] > step:
+        if step == 0 or record["step"] > step:  # step 0 is looked at anew
             break
         kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")

@@ -13,13 +13,14 @@ from varlik.models.config import VARConfig
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.training import distributed
-from varlik.training.data import TrainingTokens
-from varlik.training.loop import LoopConfig, Part, batch_indices, generator, train
+from varlik.training.data import TrainingTokens, check_fits
+from varlik.training.likelihood import log_likelihood, mean_log_likelihood
+from varlik.training.loop import LoopConfig, Part, batch_indices, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
 
 CLASS_DROPOUT = 0.1
 CONFUSION_RATE = 0.05  # how fast the record of mistaken classes forgets
-MIN_CONFUSION = 0.02  # so that every wrong class is met now and then
+MIN_CONFUSION = 0.18  # least sum over all wrong classes, so that each is met now and then
 
 
 @torch.no_grad()
@@ -36,20 +37,26 @@ def train_var(
     folder: str | Path,
     compiled: bool = False,
     quiet: bool = False,
+    held_out: TrainingTokens | None = None,
 ) -> VAR:
     """Train a new model on `data`, on the device of its quantizer, and return it.
 
     A tenth of the labels becomes the null class. `compiled` runs the step through `torch.compile` (about 1.4 x faster
-    on a CPU). `folder`: see `loop.train`.
+    on a CPU). With `held_out`, the mean log-likelihood of its images under their own classes, found every
+    `loop.evaluate_every` steps, decides which weights are kept and when to stop early. `folder`: see `loop.train`.
 
-    Raises `ValueError` if `config` describes a model of other token maps or another number of classes, and as
-    `loop.train`.
+    Raises `TypeError` or `ValueError`, naming the argument, for data of other token maps or another number of classes
+    than `config`, and held-out images that are never looked at; and as `loop.train`.
     """
-    check_fits(config, data)
+    device = data.quantizer.embedding.weight.device
+    check_fits("data", config, data, device)
+    if held_out is not None:
+        check_fits("held_out", config, held_out, device)
+        check_looked_at(loop)
     torch.manual_seed(loop.seed)
     model = VAR(config)
     model.reset_parameters()
-    model.to(data.quantizer.embedding.weight.device)
+    model.to(device)
 
     def cross_entropy(targets: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
         logits = model(model.class_vectors(targets), inputs)
@@ -64,7 +71,12 @@ def train_var(
         targets = labels.masked_fill(dropped[part.own].to(labels.device), config.null_class)
         return run(targets, tokens, inputs), {}
 
-    return train(model, loss_of_part, loop, folder, len(data), settings=asdict(config), quiet=quiet).eval()
+    def score(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
+        return log_likelihood(model, model.class_vectors(labels), tokens, inputs)
+
+    validate = None if held_out is None else lambda _: mean_log_likelihood(score, held_out)
+    settings = asdict(config) | {"data": data.fingerprint()}
+    return train(model, loss_of_part, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet).eval()
 
 
 def contrast_var(
@@ -87,7 +99,7 @@ def contrast_var(
     Raises `ValueError` if `data` has other token maps or another number of classes than `model`, and as `loop.train`.
     """
     config = model.config
-    check_fits(config, data)
+    check_fits("data", config, data, model.pos_start.device)
     model.train()
     # The draws are made on the CPU, so what they depend on stays there.
     model.register_buffer("confusion", 0.5 * (1 - torch.eye(config.num_classes)))
@@ -102,7 +114,7 @@ def contrast_var(
     def draw(rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """True class, wrong class and whether the label is dropped, of a whole batch."""
         random, truth = generator(loop.seed, step), data.labels[rows]
-        chances = model.confusion[truth].clamp(min=MIN_CONFUSION)
+        chances = model.confusion[truth].clamp(min=MIN_CONFUSION / max(1, config.num_classes - 1))
         chances = chances.scatter(1, truth.unsqueeze(1), 0.0)
         wrong = torch.multinomial(chances, 1, generator=random).squeeze(1)
         return truth, wrong, torch.rand(len(rows), generator=random) < CLASS_DROPOUT
@@ -135,21 +147,7 @@ def contrast_var(
         mistaken.zero_()
         return {}
 
-    settings = {"weight": weight, "temperature": temperature}
+    settings = {"weight": weight, "temperature": temperature, "data": data.fingerprint()}
     train(model, loss_of_part, loop, folder, len(data), record_mistakes, settings=settings, quiet=quiet)
     del model.confusion
     return model.eval()
-
-
-def check_fits(config: VARConfig, data: TrainingTokens) -> None:
-    """Raise `ValueError` unless a model of `config` is for token maps and classes like those of `data`."""
-    codes, channels = data.quantizer.embedding.weight.shape
-    expected = {
-        "patch_nums": tuple(data.quantizer.patch_nums),
-        "vocab_size": codes,
-        "codebook_dim": channels,
-        "num_classes": data.num_classes,
-    }
-    for name, value in expected.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"config: expected {name} {value}, as in the data, got {getattr(config, name)}")

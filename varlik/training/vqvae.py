@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,19 +12,22 @@ from torch import Tensor
 
 from varlik.models.config import VQVAEConfig
 from varlik.models.vqvae import VQVAE
+from varlik.tokens import ENCODE_BATCH
 from varlik.training import distributed
 from varlik.training.loop import LoopConfig, Part, batch_indices, generator, train
 from varlik.training.metrics import Metrics
+from varlik.training.pixels import Pixels
 
 USE_DECAY = 0.9
 DEAD_SHARE = 0.03  # a code is dead when it is used less than this share of an even use
 RESTART_EVERY = 50
 # Of the finished model's feature maps: gives sigma, the noise of smoothing, one meaning for all models.
 FEATURE_STD = 0.5
+FEATURE_IMAGES = 1000  # that it is measured on
 
 
 def train_vqvae(
-    pixels: Tensor,
+    pixels: Tensor | Pixels,
     config: VQVAEConfig,
     loop: LoopConfig,
     folder: str | Path,
@@ -59,34 +63,49 @@ def train_vqvae(
         use = model.code_use.lerp_(counts / counts.sum(), 1 - USE_DECAY)
         counts.zero_()
         perplexity = torch.exp(-(use * (use + 1e-12).log()).sum()).item()
-        return {"perplexity": perplexity} | restart_dead_codes(step)
+        return {"perplexity": perplexity} | restart_dead_codes(step, use)
 
-    def restart_dead_codes(step: int) -> Metrics:
+    def restart_dead_codes(step: int, use: Tensor) -> Metrics:
         if step % RESTART_EVERY or step > restarts_until * loop.steps:
             return {}
         # The first step puts every code on data: random ones would lie far from the features.
         threshold = DEAD_SHARE / config.vocab_size if step else float("inf")
-        dead = (model.code_use < threshold).nonzero().flatten()
-        if len(dead):
+        dead = (use < threshold).nonzero().flatten()
+        world = distributed.world()
+        if len(dead) and world.main:
             with torch.no_grad():
-                # From the whole batch, so that every process decides alike.
-                cells = residual_cells(model, pixels[batch_indices(loop, step, len(pixels))].to(device))
+                # Of the whole batch, whatever the number of processes, in parts as large as those that are trained on.
+                rows = batch_indices(loop, step, len(pixels)).split(loop.batch_size // (world.size * loop.accumulate))
+                cells = residual_cells(model, (pixels[part].to(device) for part in rows))
                 chosen = torch.randint(len(cells), (len(dead),), generator=generator(loop.seed, step))
                 model.quantize.embedding.weight[dead] = cells[chosen.to(device)]
-                model.code_use[dead] = 1 / config.vocab_size
+                use[dead] = 1 / config.vocab_size
+        # From one process to all, so that rounding cannot drive them apart.
+        distributed.broadcast_([model.quantize.embedding.weight, use])
         return {"restarted": float(len(dead))}
 
     settings = asdict(config) | {"restarts_until": restarts_until}
+    if isinstance(pixels, Pixels):
+        settings["data"] = pixels.source.fingerprint()
     train(model, loss_of_part, loop, folder, len(pixels), look_after_codes, settings=settings, quiet=quiet)
     del model.code_use
-    rescale_features(model, pixels[:1000].to(device))
+    rescale_features(model, pixels, seed=loop.seed)
     return model.eval()
 
 
 @torch.no_grad()
-def rescale_features(model: VQVAE, pixels: Tensor, std: float = FEATURE_STD) -> None:
-    """Give feature maps of `pixels` the standard deviation `std`; tokens and reconstructions stay what they were."""
-    factor = std / model.encode(pixels).std()
+def rescale_features(model: VQVAE, pixels: Tensor | Pixels, std: float = FEATURE_STD, seed: int = 0) -> None:
+    """Give feature maps the standard deviation `std`; tokens and reconstructions stay what they were.
+
+    It is measured over `FEATURE_IMAGES` of the `pixels` (n, channels, S, S), drawn from `seed` (all where there are no
+    more). They may lie on another device.
+    """
+    device, rows = model.quantize.embedding.weight.device, torch.arange(len(pixels))
+    if len(rows) > FEATURE_IMAGES:
+        rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:FEATURE_IMAGES]
+    features = torch.cat([model.encode(pixels[part].to(device)).cpu() for part in rows.split(ENCODE_BATCH)])
+    factor = (std / features.std()).to(device)
+    distributed.broadcast_([factor])
     scaled = [*model.quant_conv.parameters(), model.quantize.embedding.weight]
     for parameter in (*scaled, *(phi.bias for phi in model.quantize.quant_resi.qresi_ls)):
         parameter.mul_(factor)
@@ -94,13 +113,14 @@ def rescale_features(model: VQVAE, pixels: Tensor, std: float = FEATURE_STD) -> 
 
 
 @torch.no_grad()
-def residual_cells(model: VQVAE, pixels: Tensor) -> Tensor:
-    """What the nearest-code search sees, over all scales: (n, Cvae)."""
+def residual_cells(model: VQVAE, batches: Iterable[Tensor]) -> Tensor:
+    """What the nearest-code search sees of images in batches (b, channels, S, S), scale after scale: (n, Cvae)."""
     quantizer = model.quantize
-    feature_map = model.encode(pixels)
-    tokens, _ = quantizer.tokenize(feature_map)
-    cells = []
-    for k, side in enumerate(quantizer.patch_nums):
-        rest = feature_map - quantizer.feature_map(tokens, k)
-        cells.append(F.interpolate(rest, size=(side, side), mode="area").permute(0, 2, 3, 1).flatten(0, 2))
-    return torch.cat(cells)
+    cells: list[list[Tensor]] = [[] for _ in quantizer.patch_nums]
+    for pixels in batches:
+        feature_map = model.encode(pixels)
+        tokens, _ = quantizer.tokenize(feature_map)
+        for k, side in enumerate(quantizer.patch_nums):
+            rest = feature_map - quantizer.feature_map(tokens, k)
+            cells[k].append(F.interpolate(rest, size=(side, side), mode="area").permute(0, 2, 3, 1).flatten(0, 2))
+    return torch.cat([torch.cat(of_scale) for of_scale in cells])
