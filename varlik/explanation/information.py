@@ -4,8 +4,8 @@ A token r says `log p(r | coarser maps, y) - log p(r | what came before)` for cl
 (TMI). Summed over the tokens of an image that is log p(x | y) - log p(x). What stands for p(x) is a choice:
 
 - "others": the mean of p(x | y') over the candidate classes y' but y itself. The difference is the weight of evidence
-  for y: over all tokens it is what the image adds to the log-odds of y. The default, for its maps are the most
-  faithful of the three (docs/explanations.md).
+  for y: over all tokens it is what the image adds to the log-odds of y. The default, for neither of the other
+  two gives more faithful maps (docs/explanations.md).
 - "mixture": the mean of p(x | y') over the candidate classes y', as the definition of mutual information asks. Taken
   token by token, the chain rule gives `log sum over y' of w(y') p(r | coarser maps, y')`, where w is the posterior
   after the tokens before r, in the order of the token maps. Once the coarse maps have settled that posterior on y,
