@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import replace
 
@@ -54,10 +53,6 @@ def make_data(count=48, variants=2, seed=0, quantizer=None):
 def loop(steps=12, **changes):
     values = {"batch_size": 8, "learning_rate": 2e-3, "warmup": 2, "checkpoint_every": 4, "log_every": 1, "seed": 5}
     return LoopConfig(steps=steps, **(values | changes))
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # The loss
@@ -325,7 +320,7 @@ def test_training_prefers_the_own_class(tmp_path):
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(frozen.parameters(), start().parameters(), strict=True))
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), frozen.parameters(), strict=True))
-    records = metrics(tmp_path)
+    records = training_case.records(tmp_path)
     late = {name: sum(r[name] for r in records[-10:]) / 10 for name in ("loss", "log_ratio", "negative_log_ratio")}
     assert late["loss"] < 0.7 * records[0]["loss"]
     assert late["log_ratio"] > 1 > 0 > late["negative_log_ratio"]
@@ -350,7 +345,7 @@ def test_first_step_tells_negatives_apart(null_rate, tmp_path):
     none = [null[i] or labels[i] == labels[(i + 1) % 12] for i in range(12)]
     assert 0 < sum(none) < 12
     weights = sum(1.0 if none[i] else 5.0 for i in range(12)) / 12
-    (record,) = metrics(tmp_path)
+    (record,) = training_case.records(tmp_path)
     assert record["loss"] == pytest.approx(math.log(2) * (1 + weights) / (5 if null_rate else 1), rel=1e-4)
     assert abs(record["log_ratio"]) < 1e-2
     assert abs(record["negative_log_ratio"]) < 1e-2
@@ -444,7 +439,9 @@ def test_parts_change_nothing(tmp_path):
     data, config = make_data(), CCAConfig(0.1, 2.0, null_rate=0.3)
     whole = train_cca(start(), data, config, loop(4), tmp_path / "whole", quiet=True)
     parts = train_cca(start(), data, config, loop(4, accumulate=4), tmp_path / "parts", quiet=True)
-    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+    for one, other in zip(
+        training_case.records(tmp_path / "whole"), training_case.records(tmp_path / "parts"), strict=True
+    ):
         for name in ("loss", "log_ratio", "negative_log_ratio", "decided", "nats_per_token", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
@@ -458,23 +455,8 @@ def run_cca(folder, **changes):
 
 
 def test_two_processes_equal_one(tmp_path):
-    for process in (processes := training_case.start([(run_cca, tmp_path / "two", {})], size=2)):
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    torch.set_default_dtype(torch.float64)
-    try:
-        whole = run_cca(tmp_path / "one").state_dict()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [record["step"] for record in one] == list(range(9))
-    for a, b in zip(one, two, strict=True):
-        a.pop("seconds"), b.pop("seconds")
-        assert a == pytest.approx(b, rel=1e-8, abs=1e-10)
-    first, second = (training_case.weights(tmp_path / "two", rank) for rank in range(2))
-    for name, value in whole.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9, msg=name)
-        assert torch.equal(first[name], second[name]), name
+    training_case.finish(training_case.start([(run_cca, tmp_path / "two", {})], size=2))
+    training_case.assert_two_processes_equal_one(run_cca, tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("steps", [5, 14])  # within the first epoch, and where scores are met again
@@ -509,8 +491,8 @@ def test_stops_early_with_the_best_weights(tmp_path):
     data, held_out = make_data(), make_data(60, 1, seed=7)
     settings = loop(200, learning_rate=0.5, warmup=0, evaluate_every=2, patience=2)  # a rate that ruins the model
     model = train_cca(start(), data, CCAConfig(0.1, 2.0), settings, tmp_path, held_out=held_out, quiet=True)
-    scores = [record["score"] for record in metrics(tmp_path) if "score" in record]
-    assert metrics(tmp_path)[-1]["step"] < 200
+    scores = [record["score"] for record in training_case.records(tmp_path) if "score" in record]
+    assert training_case.records(tmp_path)[-1]["step"] < 200
     assert len(scores) >= 3
     assert scores.index(max(scores)) < len(scores) - 2
     assert cca.accuracy(model, held_out) == max(scores)
@@ -522,7 +504,7 @@ def test_the_start_stays_where_no_step_is_better(tmp_path):
     before = copy.deepcopy(model.state_dict())
     settings = replace(ruined, evaluate_every=2, patience=3, checkpoint_every=2)
     train_cca(model, data, CCAConfig(0.1, 2.0), settings, tmp_path / "bad", held_out=held_out, quiet=True)
-    records = metrics(tmp_path / "bad")
+    records = training_case.records(tmp_path / "bad")
     assert [r["step"] for r in records if "score" in r] == [0, 2, 4, 6]  # the start counts among those to be beaten
     assert records[0]["score"] == cca.accuracy(model, held_out)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

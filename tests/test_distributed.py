@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 
 import pytest
 import torch
 from training_case import (
     VAR,
+    assert_equal,
+    assert_same_course,
+    assert_two_processes_equal_one,
+    finish,
     loop,
+    records,
     run_contrast,
     run_killed,
     run_killed_while_saving,
@@ -43,37 +47,9 @@ def two(tmp_path_factory):
     return folder
 
 
-def finish(processes, code=0):
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [code] * len(processes)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_course(one, other):
-    """The same figures at every step, to the rounding of float64."""
-    one, other = records(one), records(other)
-    assert [record["step"] for record in one] == [record["step"] for record in other]
-    for a, b in zip(one, other, strict=True):
-        a.pop("seconds"), b.pop("seconds")
-        assert a == pytest.approx(b, rel=1e-8, abs=1e-10)
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(two, tmp_path, name):
-    whole = RUNS[name](tmp_path).state_dict()
-    assert_same_course(tmp_path, two / name)
-    torch.testing.assert_close(weights(two / name), whole, rtol=1e-7, atol=1e-9)
-    assert_equal(weights(two / name, 0), weights(two / name, 1))
+    assert_two_processes_equal_one(RUNS[name], tmp_path, two / name)
 
 
 @pytest.mark.usefixtures("float64")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import replace
@@ -189,7 +188,7 @@ def test_the_loss_is_the_mean_nats_per_token(data, tmp_path):
     model = make_model().double()
     data = replace(data, quantizer=make_quantizer().double())
     train_incremental(model, data, "embeddings", loop(1, batch_size=24, log_every=1), tmp_path, quiet=True)
-    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    record = training_case.records(tmp_path)[0]
     tokens, inputs, labels = data.batch(torch.arange(24))
     start = add_classes(model, NEW, seed=0)
     logits = start(start.class_vectors(labels), inputs)
@@ -237,26 +236,8 @@ def run_incremental(folder, **changes):
 
 
 def test_two_processes_equal_one(tmp_path):
-    for process in (processes := training_case.start([(run_incremental, tmp_path / "two", {})], size=2)):
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    torch.set_default_dtype(torch.float64)
-    try:
-        whole = run_incremental(tmp_path / "one").state_dict()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [record["step"] for record in one] == list(range(7))
-    for a, b in zip(one, two, strict=True):
-        a.pop("seconds"), b.pop("seconds")
-        assert a == pytest.approx(b, rel=1e-8, abs=1e-10)
-    first, second = (training_case.weights(tmp_path / "two", rank) for rank in range(2))
-    for name, value in whole.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-7, atol=1e-9, msg=name)
-        assert torch.equal(first[name], second[name]), name
+    training_case.finish(training_case.start([(run_incremental, tmp_path / "two", {})], size=2))
+    training_case.assert_two_processes_equal_one(run_incremental, tmp_path / "one", tmp_path / "two")
 
 
 def test_parts_of_a_batch_train_alike(data, tmp_path):
@@ -271,7 +252,7 @@ def test_held_out_likelihood_decides_what_is_best(data, tmp_path):
     held_out = make_data(12, seed=1)
     config = loop(40, learning_rate=0.2, evaluate_every=5, patience=3)
     trained = train_incremental(make_model(), data, "adaln", config, tmp_path, held_out=held_out, quiet=True)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = training_case.records(tmp_path)
     best = max(record["score"] for record in records if "score" in record)
     assert own(trained, held_out).mean() == pytest.approx(best, rel=1e-5)
 
@@ -280,7 +261,7 @@ def test_the_start_stays_where_no_step_is_better(data, tmp_path):
     model, held_out = make_model(), make_data(12, seed=1)
     config = loop(20, learning_rate=30.0, evaluate_every=4, patience=2, warmup=0)
     trained = train_incremental(model, data, "embeddings", config, tmp_path, held_out=held_out, quiet=True)
-    scored = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scored = training_case.records(tmp_path)
     assert [record["step"] for record in scored if "score" in record] == [0, 4, 8]
     assert torch.equal(trained.class_emb.weight, add_classes(model, NEW, config.seed).class_emb.weight)
 

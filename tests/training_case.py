@@ -5,6 +5,7 @@ Runs are functions of a folder, so that they can be done here, in one other proc
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import socket
 from dataclasses import replace
 from unittest import mock
 
+import pytest
 import torch
 
 from varlik.models.config import VARConfig, VQVAEConfig
@@ -155,6 +157,45 @@ def start(jobs, size=1):
         processes.append(context.Process(target=_work, args=(environment, jobs), daemon=True))
         processes[-1].start()
     return processes
+
+
+def finish(processes, code=0):
+    """Wait for processes of `start`, which have to end with `code`."""
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [code] * len(processes)
+
+
+def records(folder):
+    """What metrics.jsonl in a folder says."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_course(one, other):
+    """The same figures at every step, to the rounding of float64."""
+    one, other = records(one), records(other)
+    assert [record["step"] for record in one] == [record["step"] for record in other]
+    for a, b in zip(one, other, strict=True):
+        a.pop("seconds"), b.pop("seconds")
+        assert a == pytest.approx(b, rel=1e-8, abs=1e-10)
+
+
+def assert_equal(one, other):
+    """The same weights, to the bit."""
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_two_processes_equal_one(run, one, two):
+    """A `run` in the folder `two` by two processes went as the same here, in the folder `one`, goes; in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = run(one).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_course(one, two)
+    torch.testing.assert_close(weights(two), whole, rtol=1e-7, atol=1e-9)
+    assert_equal(weights(two, 0), weights(two, 1))
 
 
 def _work(environment, jobs):

@@ -121,8 +121,8 @@ def train_incremental(
     `loop.evaluate_every` steps. `compiled` as for `train_var`; `folder` as for `loop.train`, and its checkpoints hold
     no more than what is trained: to resume, call again with the same `model`.
 
-    Raises `ValueError` for an unknown `what`, data that hold old classes, no new one, none of some new class or other
-    token maps than the model's, for "adaln" with classes that are not independent, and as `loop.train`.
+    Raises `TypeError` or `ValueError` for an unknown `what`, data that hold old classes, no new one, none of some new
+    class or other token maps than the model's, for "adaln" with classes that are not independent, and as `loop.train`.
     """
     if what not in CHANGES:
         raise ValueError(f"what: expected one of {', '.join(map(repr, CHANGES))}, got {what!r}")
