@@ -1,19 +1,21 @@
 """CCA on Fashion-MNIST: which beta and lambda, against more training by likelihood alone, from two models.
 
-    python -m examples.fashion_mnist_cca --work runs/cca          # about two and a half hours of one CPU core
+    python -m examples.fashion_mnist_cca --work runs/cca          # about three hours of one CPU core
+    python -m examples.fashion_mnist_cca --work runs/cca --only plain-long-control    # that model alone, no figures
 
 The two models are `plain`, trained here by likelihood alone on the bundled model's tokens, and the bundled
-`fashion-mnist`, whose training ended with a term that tells classes apart. Variants start from `plain` and are compared
-on held-out images; the best goes on from both models. Stages that are done are skipped and a killed run goes on where
-it was. Models go to folders in `--work`, figures to `benchmarks/results/fashion-mnist-cca.json` and `.md`.
+`fashion-mnist`, whose training ended with a term that tells classes apart. Short runs from `plain` compare many
+variants on held-out images, long ones a few, with the optimisers and rates of that last stage of the bundled model; the
+best of these is used on both models. Stages that are done are skipped and a killed run goes on where it was. Models go
+to folders in `--work`, figures to `benchmarks/results/fashion-mnist-cca.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 import varlik
 from examples import recipe
-from examples.train_fashion_mnist import PREPROCESSING, VAR_CONFIG, VAR_LOOP
+from examples.train_fashion_mnist import CONTRAST_LOOP, PREPROCESSING, VAR_CONFIG, VAR_LOOP
 from varlik.datasets import fashion_mnist
 from varlik.evaluation.machine import machine
 from varlik.models import checkpoints
@@ -35,18 +37,21 @@ from varlik.training.var import feature_maps, train_var
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 PLAIN_LOOP = replace(VAR_LOOP, steps=5_250, stop=0)
-SEARCH_LOOP = replace(PRESETS["small"].loop, steps=250, batch_size=16, warmup=20)
-FINAL_LOOP = replace(PRESETS["small"].loop, steps=400, batch_size=16, evaluate_every=200)
+SHORT_LOOP = replace(PRESETS["small"].loop, steps=250, batch_size=16, warmup=20)
+LONG_LOOP = replace(CONTRAST_LOOP, steps=1_500, stop=0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to fine-tune: `confused` negatives are drawn as often as classes are mistaken, others are rolled labels."""
+    """A way to fine-tune: `confused` negatives are drawn as often as classes are mistaken, others are rolled labels.
+
+    `learning_rate`: another one than the loop's.
+    """
 
     beta: float
     weight: float = 1.0
     confused: bool = False
-    learning_rate: float = PRESETS["small"].loop.learning_rate
+    learning_rate: float | None = None
 
     @property
     def config(self) -> CCAConfig:
@@ -54,13 +59,19 @@ class Variant:
 
     def __str__(self) -> str:
         negatives = ", confused negatives" if self.confused else ""
-        return f"beta {self.beta:g}, lambda {self.weight:g}, rate {self.learning_rate:g}{negatives}"
+        rate = f", rate {self.learning_rate:g}" if self.learning_rate else ""
+        return f"beta {self.beta:g}, lambda {self.weight:g}{rate}{negatives}"
+
+    @property
+    def folder(self) -> str:
+        rate = f"-rate{self.learning_rate:g}" if self.learning_rate else ""
+        return f"beta{self.beta:g}-lambda{self.weight:g}{'-confused' if self.confused else ''}{rate}"
 
     def loop(self, usual: LoopConfig) -> LoopConfig:
-        return replace(usual, learning_rate=self.learning_rate)
+        return replace(usual, learning_rate=self.learning_rate or usual.learning_rate)
 
 
-VARIANTS = (
+SHORT = (
     Variant(0.02),
     Variant(0.05),
     Variant(0.2),
@@ -71,6 +82,7 @@ VARIANTS = (
     Variant(0.2, learning_rate=1e-3),
     Variant(0.2, confused=True, learning_rate=1e-3),
 )
+LONG = (Variant(0.2, confused=True), Variant(1.0, confused=True), Variant(0.2))
 NULL_RATE = 0.1
 CONFUSION_IMAGES = 1_000  # of the training ones
 SEARCH_IMAGES = 1_500  # of the held-out ones, for comparing variants
@@ -80,76 +92,87 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, metrics and models")
     parser.add_argument("--data", type=Path, help="folder with the IDX files")
+    parser.add_argument("--only", metavar="NAME", help="make that model, a folder in --work, and stop")
     parser.add_argument("--eager", action="store_true", help="do not compile the training step")
     options = parser.parse_args()
     bundled = varlik.load("fashion-mnist", device="cpu")
     training, held_out = (tokens(bundled, split, options.data) for split in ("train", "held-out"))
     some = held_out.of_rows(torch.arange(SEARCH_IMAGES))
-    compiled = not options.eager
-
-    def save(model: VAR, name: str) -> None:
-        folder = options.work / name
-        checkpoints.save(folder, model, bundled.vqvae, bundled.class_names, PREPROCESSING, dtype=torch.float32)
-
-    def model(name: str, make: Callable[[], VAR]) -> VAR:
-        """Made once; later it comes from its folder."""
-        if not (options.work / name / "var.safetensors").exists():
-            save(make(), name)
-        return varlik.load(str(options.work / name), device="cpu").var
-
-    def measured(name: str, model_: VAR, images: TrainingTokens) -> float:
-        """Held-out accuracy, kept in a file."""
-        file = options.work / f"{name}-{len(images)}.json"
-        if not file.exists():
-            unfinished = file.with_suffix(".part")
-            unfinished.write_text(json.dumps(accuracy(model_, images)))
-            unfinished.replace(file)
-        return json.loads(file.read_text())
-
-    def plain() -> VAR:
-        return model("plain", lambda: train_var(training, VAR_CONFIG, PLAIN_LOOP, options.work / "plain-run", compiled))
-
-    def tuned(start: VAR, name: str, variant: Variant, loop: LoopConfig, watched: TrainingTokens | None) -> VAR:
-        def make() -> VAR:
-            few = training.of_rows(torch.arange(CONFUSION_IMAGES))
-            chances = confusion(start, few) if variant.confused else None
-            folder = options.work / f"{name}-run"
-            return train_cca(
-                start,
-                training,
-                variant.config,
-                variant.loop(loop),
-                folder,
-                held_out=watched,
-                negatives=chances,
-                compiled=compiled,
-            )
-
-        return model(name, make)
-
-    def control(start: VAR, name: str, loop: LoopConfig, watched: TrainingTokens | None) -> VAR:
-        return model(name, lambda: more_likelihood(start, training, loop, watched, options.work / f"{name}-run"))
-
-    search = {
-        "plain": measured("plain", plain(), some),
-        "plain, more likelihood": measured("control", control(plain(), "control", SEARCH_LOOP, None), some),
+    rest = held_out.of_rows(torch.arange(SEARCH_IMAGES, len(held_out)))  # take no part in any choice
+    runs = Runs(options.work, bundled, training, compiled=not options.eager)
+    if options.only:
+        runs.model(options.only)
+        return
+    measured = partial(held_out_accuracy, runs)
+    short = {
+        "plain": measured("plain", some),
+        "plain, more likelihood": measured("plain-short-control", some),
+        **{f"plain, CCA, {variant}": measured(f"plain-short-{variant.folder}", some) for variant in SHORT},
     }
-    found: dict[Variant, float] = {}
-    for variant in VARIANTS:
-        name = f"beta{variant.beta:g}-lambda{variant.weight:g}{'-confused' if variant.confused else ''}"
-        name += "" if variant.learning_rate == Variant.learning_rate else f"-rate{variant.learning_rate:g}"
-        found[variant] = measured(name, tuned(plain(), name, variant, SEARCH_LOOP, None), some)
-        search[f"plain, CCA, {variant}"] = found[variant]
+    found = {variant: measured(f"plain-long-{variant.folder}", some) for variant in LONG}
+    long = {
+        "plain, more likelihood": measured("plain-long-control", some),
+        **{f"plain, CCA, {variant}": value for variant, value in found.items()},
+    }
     best = max(found, key=lambda variant: found[variant])
-    rest = held_out.of_rows(torch.arange(SEARCH_IMAGES, len(held_out)))  # took no part in any choice
     final: dict[str, float] = {}
-    for base, start in (("plain", plain), ("fashion-mnist", lambda: varlik.load("fashion-mnist", device="cpu").var)):
-        final[base] = measured(base, start(), rest)
-        name = f"{base}-control"
-        final[f"{base}, more likelihood"] = measured(name, control(start(), name, FINAL_LOOP, some), rest)
-        name = f"{base}-cca"
-        final[f"{base}, CCA"] = measured(name, tuned(start(), name, best, FINAL_LOOP, some), rest)
-    write({"search": search, "best": str(best), "final": final, "machine": asdict(machine(bundled.device))})
+    for base in ("plain", "fashion-mnist"):
+        final[base] = measured(base, rest)
+        final[f"{base}, more likelihood"] = measured(f"{base}-long-control", rest)
+        final[f"{base}, CCA"] = measured(f"{base}-long-{best.folder}", rest)
+    report = {"short": short, "long": long, "best": str(best), "final": final}
+    write({**report, "machine": asdict(machine(bundled.device))})
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Models by name, each made once and kept in a folder of that name in `work`.
+
+    "plain" and "fashion-mnist", and what is made of them: "BASE-short-..." and "BASE-long-..." followed by "control" or
+    a variant's folder.
+    """
+
+    work: Path
+    bundled: varlik.VARClassifier
+    training: TrainingTokens
+    compiled: bool
+
+    def model(self, name: str) -> VAR:
+        if name == "fashion-mnist":
+            return varlik.load(name, device="cpu").var
+        folder = self.work / name
+        if not (folder / "var.safetensors").exists():
+            var, vqvae = self._make(name), self.bundled.vqvae
+            checkpoints.save(folder, var, vqvae, self.bundled.class_names, PREPROCESSING, dtype=torch.float32)
+        return varlik.load(str(folder), device="cpu").var
+
+    def _make(self, name: str) -> VAR:
+        folder = self.work / f"{name}-run"
+        if name == "plain":
+            return train_var(self.training, VAR_CONFIG, PLAIN_LOOP, folder, self.compiled)
+        for length, variants, loop in (("short", SHORT, SHORT_LOOP), ("long", LONG, LONG_LOOP)):
+            base, found, what = name.partition(f"-{length}-")
+            if found and what == "control":
+                return more_likelihood(self.model(base), self.training, loop, folder)
+            for variant in variants:
+                if found and what == variant.folder:
+                    return self._aligned(self.model(base), variant, variant.loop(loop), folder)
+        raise ValueError(f"--only: no model is called {name!r}")
+
+    def _aligned(self, start: VAR, variant: Variant, loop: LoopConfig, folder: Path) -> VAR:
+        few = self.training.of_rows(torch.arange(CONFUSION_IMAGES))
+        chances = confusion(start, few) if variant.confused else None
+        return train_cca(start, self.training, variant.config, loop, folder, negatives=chances, compiled=self.compiled)
+
+
+def held_out_accuracy(runs: Runs, name: str, images: TrainingTokens) -> float:
+    """Top-1 by full likelihood, kept in a file."""
+    file = runs.work / f"{name}-{len(images)}.json"
+    if not file.exists():
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(accuracy(runs.model(name), images)))
+        unfinished.replace(file)
+    return json.loads(file.read_text())
 
 
 def tokens(classifier: varlik.VARClassifier, split: str, folder: Path | None) -> TrainingTokens:
@@ -160,12 +183,10 @@ def tokens(classifier: varlik.VARClassifier, split: str, folder: Path | None) ->
     return TrainingTokens.from_features(features, labels, classifier.vqvae.quantize, data.class_names)
 
 
-def more_likelihood(
-    model: VAR, data: TrainingTokens, loop: LoopConfig, watched: TrainingTokens | None, folder: Path
-) -> VAR:
+def more_likelihood(model: VAR, data: TrainingTokens, loop: LoopConfig, folder: Path) -> VAR:
     """The control: as many steps of the same size, on the log-likelihood of the right class alone.
 
-    As in CCA, a tenth of the labels is the null class, and the same look at held-out images keeps the best weights.
+    As in CCA, a tenth of the labels is the null class.
     """
     null = model.config.null_class
 
@@ -175,9 +196,7 @@ def more_likelihood(
         vectors = model.class_vectors(labels.masked_fill(dropped, null))
         return -log_likelihood(model, vectors, images, inputs).mean() / images.shape[1], {}
 
-    validate = None if watched is None else lambda _: accuracy(model, watched)
-    start = validate is not None
-    return train(model.train(), loss_of_part, loop, folder, len(data), validate=validate, validate_start=start).eval()
+    return train(model.train(), loss_of_part, loop, folder, len(data)).eval()
 
 
 def write(report: dict) -> None:
@@ -188,21 +207,30 @@ def write(report: dict) -> None:
     lines = [
         "# CCA on Fashion-MNIST, held-out accuracy by full likelihood",
         "",
-        f"`python -m examples.fashion_mnist_cca`, commit {report['machine']['commit']}; CCA and its control for "
-        f"{SEARCH_LOOP.steps} steps of {SEARCH_LOOP.batch_size} images, final ones for up to {FINAL_LOOP.steps}.",
+        f"`python -m examples.fashion_mnist_cca`, commit {report['machine']['commit']}. A step has "
+        f"{SHORT_LOOP.batch_size} images.",
         "",
-        f"| variants, {SEARCH_IMAGES} images | top-1 |",
-        "|---|---|",
-        *(f"| {name} | {value:.2%} |" for name, value in report["search"].items()),
+        f"Short runs: {SHORT_LOOP.steps} steps, AdamW at {SHORT_LOOP.learning_rate:g} where no rate is given; "
+        f"{SEARCH_IMAGES} images.",
         "",
-        f"Goes on as {report['best']}; images that took no part in any choice:",
+        *table(report["short"]),
         "",
-        "| final | top-1 |",
-        "|---|---|",
-        *(f"| {name} | {value:.2%} |" for name, value in report["final"].items()),
+        f"Long runs: {LONG_LOOP.steps} steps, Muon at {LONG_LOOP.muon_rate:g}, AdamW at {LONG_LOOP.learning_rate:g}, "
+        f"moving average of the weights; the same {SEARCH_IMAGES} images.",
+        "",
+        *table(report["long"]),
+        "",
+        f"Long runs with {report['best']}, images that took no part in any choice:",
+        "",
+        *table(report["final"]),
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def table(accuracies: dict[str, float]) -> list[str]:
+    """Lines of markdown."""
+    return ["| | top-1 |", "|---|---|", *(f"| {name} | {value:.2%} |" for name, value in accuracies.items())]
 
 
 if __name__ == "__main__":
