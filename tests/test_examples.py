@@ -72,19 +72,22 @@ def test_tables(script):
 @pytest.mark.slow
 def test_cca(script, monkeypatch):
     module = fashion_mnist_cca
-    loops = {"PLAIN_LOOP": {}, "SEARCH_LOOP": {}, "FINAL_LOOP": {"evaluate_every": 1}}
-    changed = {name: replace(getattr(module, name), steps=2, batch_size=8, **more) for name, more in loops.items()}
-    variants = (module.Variant(0.05), module.Variant(0.2, confused=True))
-    few = {"VARIANTS": variants, "CONFUSION_IMAGES": 20, "SEARCH_IMAGES": 10} | changed
+    loops = ("PLAIN_LOOP", "SHORT_LOOP", "LONG_LOOP")
+    changed = {name: replace(getattr(module, name), steps=2, batch_size=8) for name in loops}
+    short, long = (module.Variant(0.05), module.Variant(0.2, learning_rate=1e-3)), (module.Variant(0.2, confused=True),)
+    few = {"SHORT": short, "LONG": long, "CONFUSION_IMAGES": 20, "SEARCH_IMAGES": 10} | changed
     few["VAR_CONFIG"] = replace(module.VAR_CONFIG, **SMALL)
     report = script(module, "fashion-mnist-cca", "--eager", **few)
-    assert len(report["search"]) == 2 + len(variants)
+    assert len(report["short"]) == 2 + len(short)
+    assert len(report["long"]) == 1 + len(long)
     assert len(report["final"]) == 6
-    assert report["best"] in map(str, variants)
+    assert report["best"] == str(long[0])
     # All is found again.
     for name in ("train_cca", "train_var", "train", "accuracy"):
         monkeypatch.setattr(module, name, None)
     assert script(module, "fashion-mnist-cca", "--eager", **few) == report
+    with pytest.raises(ValueError, match="no model is called 'plain-long'"):
+        script(module, "fashion-mnist-cca", "--only", "plain-long", **few)
 
 
 def test_class_incremental(script, tmp_path):
