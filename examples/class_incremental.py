@@ -118,7 +118,8 @@ def generative(options: argparse.Namespace, test: LabelledImages) -> list[Row]:
     before = checkpoints.load_models(first_task(options))
     data = of_task(fashion_mnist("train", options.data), FIRST, CLASSES)
     tokens = cache_tokens(data, before.vqvae, PREPROCESSING, options.work / "tokens" / "second")
-    known = cache_tokens(test, before.vqvae, PREPROCESSING, options.work / "tokens" / "test")
+    every = fashion_mnist("test", options.data)  # cached all at once, whatever `--images` asks for
+    known = cache_tokens(every, before.vqvae, PREPROCESSING, options.work / "tokens" / "test")
     images, labels = known.token_maps(torch.arange(len(test))), torch.from_numpy(test.labels)
     old = scores(before.var, images, range(FIRST), "first task", options.work)
     rows = []

@@ -1,7 +1,7 @@
 """The tables of the papers on Fashion-MNIST: smoothing with and without CCA, scales, samples and noise, cascades.
 
-    python -m examples.fashion_mnist_tables --work runs/tables --models fashion-mnist \
-        fashion-mnist-cca=runs/cca/fashion-mnist-cca plain=runs/cca/plain plain-cca=runs/cca/plain-cca
+    python -m examples.fashion_mnist_tables --work runs/tables --models fashion-mnist plain=runs/cca/plain \
+        plain-cca=runs/cca/plain-long-beta0.2-lambda1-confused
 
 All tables but the first are about the first model. Scores are exact and kept in `--work`, so a stopped run goes on.
 Smoothing averages samples of the four classes that are best without it. Writes
@@ -79,8 +79,12 @@ def main() -> None:
     parser.add_argument("--smoothed", type=int, default=2_000, help="test images for smoothing and cascades")
     parser.add_argument("--swept", type=int, default=600, help="test images for sweeps over samples and sigma")
     options = parser.parse_args()
+    for name in ("smoothed", "swept"):
+        if not 0 < getattr(options, name) <= options.images:
+            parser.error(f"--{name}: expected 1 to {options.images}, as --images, got {getattr(options, name)}")
     data = fashion_mnist("test", options.data)[: options.images]
-    report: dict[str, Any] = {"images": len(data), "smoothed": options.smoothed, "swept": options.swept, "table": {}}
+    report: dict[str, Any] = {"images": len(data), "smoothed": options.smoothed, "swept": options.swept}
+    report |= {"models": options.models, "table": {}}
     for i, named in enumerate(options.models):
         name, _, place = named.partition("=")
         scored = score(varlik.load(place or name, device="cpu"), data, options.work / "scores")
@@ -191,7 +195,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines = [
         "# The papers' tables on Fashion-MNIST",
         "",
-        f"`python -m examples.fashion_mnist_tables --models {' '.join(report['table'])} --images {full} --smoothed "
+        f"`python -m examples.fashion_mnist_tables --models {' '.join(report['models'])} --images {full} --smoothed "
         f"{smoothed} --swept {swept}`, commit {report['machine']['commit']}. The first test images; one standard error "
         f"of an accuracy of 87 % is {error(full)} points for {full} of them, {error(smoothed)} for {smoothed} and "
         f"{error(swept)} for {swept}. GFLOPs of an image count a multiply-add as two.",
