@@ -323,6 +323,18 @@ def test_tables_grow_by_classes_asked_for(var, samples, truth):
         engine.open(samples[0], torch.tensor([[5, 3]] * IMAGES))
 
 
+def test_refuses_to_score_with_weights_that_have_changed(var, samples):
+    trained = copy.deepcopy(var)
+    engine, labels = ready(trained), torch.arange(CLASSES).expand(IMAGES, -1)
+    engine.open(samples[0], labels)
+    with torch.no_grad():
+        trained.head.bias.add_(1.0)
+    for call in (lambda: engine.open(samples[0], labels), lambda: engine.prepare(labels[0])):
+        with pytest.raises(RuntimeError, match="weights have changed since this engine was made"):
+            call()
+    ready(trained).open(samples[0], labels)
+
+
 def test_refusals(var, samples):
     engine = ready(var)
     rows = engine.advance(engine.open(samples[0], all_classes()), 3)

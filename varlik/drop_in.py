@@ -58,7 +58,7 @@ class Accelerated:
 
     Inference only: no gradients flow, and autocast is without effect. What depends on the class alone, and with it
     scale 1, is computed once, when a class is first asked for (0.7 MB a class for VAR-d16): call `refresh` after the
-    weights of the module have changed, or scores mix old and new ones.
+    weights of the module have changed; changes in place are noticed, and nothing is scored until then.
     """
 
     def __init__(

@@ -46,10 +46,16 @@ def _undisturbed(method: Method) -> Method:
     return cast(Method, call)
 
 
+def _version(var: VAR) -> int:
+    """Grows with every change of the weights in place."""
+    return sum(0 if parameter.is_inference() else parameter._version for parameter in var.parameters())
+
+
 class Engine:
     """Likelihoods of many classes of many images, from one model.
 
-    Raises `ValueError` for candidates of another engine, classes that were not prepared, and scales that go backwards.
+    Raises `ValueError` for candidates of another engine, classes that were not prepared, and scales that go backwards;
+    `RuntimeError` once the weights it was made from have been changed in place, as by training.
     """
 
     def __init__(self, var: VAR, options: EngineOptions | None = None):
@@ -70,6 +76,7 @@ class Engine:
 
     def _build(self, var: VAR, compute: Compute, max_memory: int | None) -> None:
         self._var, self.config, self.compute = var, var.config, compute
+        self._version = _version(var)
         self.weights = pack(var, compute)
         self.tables = ClassTables(var, self.weights)
         dtype, device = compute.dtype, self.weights.positions.device
@@ -98,6 +105,7 @@ class Engine:
     @_undisturbed
     def prepare(self, labels: Tensor) -> None:
         """Build the class tables of `labels` (n,) that are missing."""
+        self._check_weights()
         self.tables.extend(labels)
         # Of all rows that have no page yet, whatever may have come between the two.
         first = len(self._class_pages)
@@ -149,6 +157,7 @@ class Engine:
         inputs that require grad and a prefix that leaves no scale; `MemoryError` when the pages of a shared prefix find
         no room.
         """
+        self._check_weights()
         if labels.dim() != 2 or len(labels) != len(images):
             raise ValueError(f"labels: expected ({len(images)}, N), got {tuple(labels.shape)}")
         self.check_images(images)
@@ -263,6 +272,14 @@ class Engine:
             raise ValueError("candidates: used up by keep, fork or close; go on with what that returned")
         if candidates.engine is not self:
             raise ValueError("candidates: rows of another engine")
+
+    def _check_weights(self) -> None:
+        # Packed weights and class tables are of what the weights were, others share their memory: scores of neither.
+        if _version(self._var) != self._version:
+            raise RuntimeError(
+                "the weights have changed since this engine was made from them: make a new engine or classifier, or "
+                "call refresh() of what varlik.accelerate returned"
+            )
 
     def check_images(self, images: TokenMaps) -> None:
         """Raise `ValueError` for token maps of another model and for inputs that require grad."""
