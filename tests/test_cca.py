@@ -394,7 +394,7 @@ def test_confusion_is_the_mean_posterior_of_each_class():
         torch.testing.assert_close(found[y], mean, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(found.sum(1), torch.ones(CLASSES, dtype=torch.float64))
     with pytest.raises(ValueError, match="expected images of every class, got none of"):
-        confusion(model, data.of_classes([0, 1]))
+        confusion(model, data.of_rows((data.labels < 2).nonzero().flatten()))
     with pytest.raises(ValueError, match="data: expected the model's num_classes 6, got 7"):
         confusion(model, replace(data, class_names=(*NAMES, "g")))
     for changes, words in (
@@ -513,8 +513,9 @@ def test_the_start_stays_where_no_step_is_better(tmp_path):
 def test_a_run_with_another_reference_or_loss_is_not_resumed(tmp_path):
     data = make_data()
     train_cca(start(), data, CCAConfig(), loop(2), tmp_path, quiet=True)
-    with pytest.raises(ValueError, match="another reference"):
-        train_cca(make_model(seed=4), data, CCAConfig(), loop(2), tmp_path, quiet=True)
+    for reference, differing in ((None, "model, reference"), (start(), "model")):
+        with pytest.raises(ValueError, match=f"another {differing}:"):
+            train_cca(make_model(seed=4), data, CCAConfig(), loop(2), tmp_path, reference=reference, quiet=True)
     with pytest.raises(ValueError, match="another cca"):
         train_cca(start(), data, CCAConfig(beta=0.3), loop(2), tmp_path, quiet=True)
     other = data.labels.clone()
@@ -535,7 +536,7 @@ def test_refuses_what_cannot_be_trained(tmp_path):
 
     refused(ValueError, r"data: expected images of every class, got none of 2 classes, such as \[4, 5\]",
             labelled(data.labels.clamp(max=3)))  # fmt: skip
-    refused(ValueError, "data: expected images of every class", data.of_classes([2]))
+    refused(ValueError, "data: expected images of every class", data.of_rows((data.labels == 2).nonzero().flatten()))
     refused(ValueError, "data: expected the model's num_classes 6, got 7", labelled(data.labels, (*NAMES, "g")))
     refused(ValueError, "held_out: expected the model's num_classes 6, got 7",
             held_out=labelled(data.labels, (*NAMES, "g")), settings=loop(4, evaluate_every=1))  # fmt: skip
@@ -543,6 +544,9 @@ def test_refuses_what_cannot_be_trained(tmp_path):
     refused(ValueError, "data: expected the model's vocab_size 20, got 30",
             make_data(quantizer=make_quantizer(30)))  # fmt: skip
     refused(TypeError, "data: expected TrainingTokens, got list", data=[])
+    refused(ValueError, "table_bytes: expected 0 or more, got -1", table_bytes=-1)
+    with pytest.raises(TypeError, match="model: expected a VAR, got str"):
+        train_cca("tiny", data, CCAConfig(), loop(4), tmp_path)
     refused(ValueError, "reference: expected the model's depth 2, got 1",
             reference=make_model(replace(CONFIG, depth=1)))  # fmt: skip
     refused(ValueError, "reference: expected the model's num_classes 6, got 7",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from training_case import VAR, VQ, loop, pictures, run_stopping, run_var, tokens
+from training_case import VAR, VQ, loop, pictures, records, run_stopping, run_var, tokens
 
 from varlik.training.data import TrainingTokens
 from varlik.training.likelihood import log_likelihood
@@ -29,10 +30,6 @@ def vqvae(tmp_path_factory):
 def data(vqvae):
     pixels, labels = pictures()
     return TrainingTokens.from_features(feature_maps(vqvae, pixels), labels, vqvae.quantize, ("left", "top"))
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def scores_of(var, data):
@@ -116,11 +113,18 @@ def test_contrast_widens_margins_and_keeps_a_likelihood(data, tmp_path):
         scores = scores_of(var, data)
         return (scores.gather(1, labels[:, None]) - scores.gather(1, 1 - labels[:, None])).squeeze(1)
 
-    before = margins()
+    before, start = margins(), copy.deepcopy(var)
     same = contrast_var(var, data, loop(40), tmp_path / "contrast", weight=1.0, temperature=1.0, quiet=True)
     assert same is var
     assert torch.nn.functional.softplus(-margins()).mean() < torch.nn.functional.softplus(-before).mean()
     assert "confusion" not in var.state_dict()
+    with pytest.raises(ValueError, match="another model"):
+        contrast_var(var, data, loop(40), tmp_path / "contrast", weight=1.0, temperature=1.0, quiet=True)
+    for options, message in (({"weight": 0.0}, "weight: expected"), ({"temperature": -1.0}, "temperature: expected")):
+        with pytest.raises(ValueError, match=message):
+            contrast_var(start, data, loop(40), tmp_path / "refused", **options)
+    with pytest.raises(TypeError, match="model: expected a VAR, got str"):
+        contrast_var("fashion-mnist", data, loop(40), tmp_path / "refused")
     last = records(tmp_path / "contrast")[-1]
     assert last["loss"] == pytest.approx(last["nats_per_token"] + last["contrast"], rel=1e-5)
     assert last["nats_per_token"] < 1.1 * torch.log(torch.tensor(16.0)).item()
@@ -409,6 +413,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         ({"precision": "float8"}, "precision: expected one of float32, float16, bfloat16, got 'float8'"),
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"stop": 2.5}, "stop: expected a whole number, got 2.5"),
+        ({"batch_size": 8.0}, "batch_size: expected a whole number, got 8.0"),
         ({"patience": 2}, "patience: 2 needs evaluate_every"),
         ({"patience": -1}, "patience: expected 0 or more, got -1"),
         ({"evaluate_every": -5}, "evaluate_every: expected 0 or more, got -5"),

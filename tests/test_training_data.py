@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -94,11 +95,11 @@ def test_variants_of_rows(vqvae):
 
 
 def test_parts_of_the_data(data):
-    part = data.of_classes([2, 0])
+    part = data.of_rows((data.labels != 1).nonzero().flatten())
     assert part.labels.tolist() == [0, 2] * 4
     assert (part.num_classes, part.class_names) == (3, NAMES)
     assert torch.equal(part.batch(torch.tensor([1]))[0], data.batch(torch.tensor([2]))[0])
-    again = part.of_classes([2])
+    again = part.of_rows((part.labels == 2).nonzero().flatten())
     assert torch.equal(again.batch(torch.arange(4))[0], data.batch(torch.tensor([2, 5, 8, 11]))[0])
     assert again.token_maps(torch.tensor([3])).keys == data.token_maps(torch.tensor([11])).keys
 
@@ -109,6 +110,15 @@ def test_parts_of_the_data(data):
     assert torch.equal(places, torch.arange(12))
     assert torch.equal(data.split(0.25, seed=3)[1].places, held_out.places)
     assert not torch.equal(data.split(0.25, seed=4)[1].places, held_out.places)
+
+
+def test_a_fingerprint_knows_tokens_and_codebook(data):
+    assert replace(data).fingerprint() == data.fingerprint()
+    other = copy.deepcopy(data.quantizer)
+    with torch.no_grad():
+        other.embedding.weight.mul_(1.01)
+    for changed in (replace(data, tokens=(data.tokens + 1) % 20), replace(data, quantizer=other)):
+        assert changed.fingerprint() != data.fingerprint()
 
 
 def test_the_smallest_type():
@@ -132,6 +142,8 @@ def test_the_smallest_type():
         ({"labels": torch.tensor([0, 1])}, ValueError, ("labels", "(3,)", "(2,)")),
         ({"labels": torch.tensor([0.0, 1.0, 2.0])}, TypeError, ("labels", "float32")),
         ({"labels": [0, 1, 2]}, TypeError, ("labels", "list")),
+        ({"places": torch.tensor([0, 1, 3])}, ValueError, ("places", "0 to 2", "3")),
+        ({"places": torch.tensor([0.0, 1.0, 2.0])}, TypeError, ("places", "float32")),
         ({"tokens": np.zeros((0, 1, 30), int), "labels": torch.tensor([]).long()}, ValueError, ("labels", "none")),
     ],
 )
@@ -153,8 +165,6 @@ def test_wrong_token_maps_are_refused(vqvae, change, error, words):
         (lambda data: data.batch(torch.tensor([1]), torch.tensor([1])), ValueError, ("variant", "0 to 0", "1")),
         (lambda data: data.batch(torch.tensor([1, 2]), torch.tensor([0])), ValueError, ("variant", "(2,)", "(1,)")),
         (lambda data: data.token_maps(torch.tensor([99])), ValueError, ("rows", "99")),
-        (lambda data: data.of_classes([3]), ValueError, ("classes", "0 to 2", "3")),
-        (lambda data: data.of_classes([0]).of_classes([1]), ValueError, ("classes", "no image", "1 (b)")),
         (lambda data: data.split(1.0), ValueError, ("share", "1.0")),
         (lambda data: data.split(0.9), ValueError, ("share", "0.9", "class 0")),
     ],
@@ -457,6 +467,8 @@ def test_unreadable_pictures_are_told_and_left_out(vqvae, folder, tmp_path):
     assert len(told) == 1
     assert "1.PNG" in str(told[0])
     assert found.labels.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="the cache leaves out 1 images"):
+        whole(vqvae, data, tmp_path / "c")
     wanted = tokenize(vqvae, torch.stack([images.load(path, PREPROCESSING) for path in data.paths[1:]])).tokens
     assert torch.equal(found.batch(torch.arange(3))[0], wanted)
     (folder / "cat" / "deep" / "0.png").write_bytes(b"damaged")

@@ -178,6 +178,9 @@ def hugging_face(
         if split not in table:
             raise ValueError(f"split: {name} has {', '.join(table)}, got {split!r}")
         table = table[split]
+    elif split not in ("train", str(table.split)):
+        # Saved alone, a table is taken for what is trained on unless it says otherwise, but for nothing else.
+        raise ValueError(f"split: {name} is a single table, of the split {table.split}, got {split!r}")
     column = _column(table.features, image, datasets.Image, "image", name)
     labels = _column(table.features, label, datasets.ClassLabel, "label", name)
     if not isinstance(table.features[column], datasets.Image):
@@ -284,7 +287,7 @@ def read_idx(path: str | Path) -> np.ndarray:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zero, kind, dimensions = struct.unpack_from(">HBB", raw)
         shape = struct.unpack_from(f">{dimensions}I", raw, 4)
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path}: not a readable IDX file ({error})") from error
@@ -297,8 +300,10 @@ def read_idx(path: str | Path) -> np.ndarray:
 def _idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"))
     labels = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte")).astype(np.int64)
-    if len(images) != len(labels):
-        raise ValueError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise ValueError(
+            f"{folder}: expected (n, H, W) images and (n,) labels, got {images.shape} and {labels.shape} ({prefix})"
+        )
     return images, labels
 
 

@@ -28,7 +28,7 @@ def _run(
         typer.Argument(
             metavar="DATA",
             help="Folder with a sub-folder for each class; idx:FOLDER with IDX files; hf:NAME of a Hugging Face data "
-            "set; or fashion-mnist. The last three may end in @SPLIT.",
+            "set; fashion-mnist; or glyphs-100:FOLDER. All but the first may end in @SPLIT.",
             show_default=False,
         ),
     ],
@@ -131,7 +131,7 @@ def _command(*without: str) -> Callable[[Callable[..., Trained | None]], None]:
                 raise ValueError(str(error)) from error
             if done is not None:
                 figures = ", ".join(f"{name} {value:g}" for name, value in done.record.items())
-                for line in (figures, *done.notes, f"wrote {done.out}"):
+                for line in (*filter(None, (figures,)), *done.notes, f"wrote {done.out}"):
                     console.print(escape(line), highlight=False, soft_wrap=True)
 
         options = [*common[:2], *own, *common[2:]]

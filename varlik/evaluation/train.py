@@ -26,7 +26,7 @@ from varlik.training import distributed
 from varlik.training.cca import PRESETS, train_cca
 from varlik.training.data import TrainingTokens
 from varlik.training.incremental import CHANGES, Change, extend, train_incremental
-from varlik.training.loop import LoopConfig
+from varlik.training.loop import LoopConfig, check_batch
 from varlik.training.pixels import PLAIN, Pixels
 from varlik.training.token_cache import cache_tokens
 from varlik.training.var import train_var
@@ -89,7 +89,9 @@ class Run:
         warmup = min(usual.warmup, given.get("steps", usual.steps) // 10)
         if self.held_out is not None:
             given |= {"evaluate_every": self.evaluate_every, "patience": self.patience}
-        return replace(usual, warmup=warmup, **given)
+        loop = replace(usual, warmup=warmup, **given)
+        check_batch(loop)  # tokens take long
+        return loop
 
     def stage(self, name: str) -> Path:
         """The folder of a stage. Raises `ValueError` if it holds a checkpoint that is not to be gone on from."""
@@ -158,7 +160,10 @@ def images_of(text: str) -> ImageSource:
     first may end in "@SPLIT" (default: train). Raises what the functions of `varlik.datasets` raise.
     """
     kind, _, rest = text.partition(":")
-    rest, _, split = rest.partition("@")
+    place, found, split = rest.rpartition("@")
+    if not found or "/" in split:  # folders may have an @ in their names
+        place, split = rest, ""
+    rest = place
     if kind == "idx":
         return idx_folder(rest, split or "train")
     if kind == "hf":
@@ -237,7 +242,7 @@ def cca(
     given = {name: value for name, value in (("beta", beta), ("weight", weight)) if value is not None}
     config = replace(PRESETS[preset].cca, **given)
     usual = PRESETS[preset].loop
-    usual = replace(usual, accumulate=max(1, usual.accumulate // distributed.world().size))
+    usual = replace(usual, accumulate=_parts_of_a_process(usual, distributed.world().size))
     folder, loop = run.stage("cca"), run.loop(usual)
     start = _start(run, model)
     parts = (start.vqvae, start.class_names, start.preprocessing)
@@ -247,9 +252,12 @@ def cca(
         if names == start.class_names:
             return torch.arange(len(names)), names
         try:
-            return torch.tensor([class_index(classifier, name) for name in names]), start.class_names
+            found = [class_index(classifier, name) for name in names]
         except ValueError as error:
             raise ValueError(f"data: expected classes of the model; {error}") from error
+        if len(set(found)) < len(found):
+            raise ValueError(f"data: two of {', '.join(names)} are one class of {start.name}")
+        return torch.tensor(found), start.class_names
 
     data, held_out = run.tokens(start.vqvae, start.preprocessing, classes)
     trained = train_cca(
@@ -286,10 +294,19 @@ def incremental(run: Run, model: str, what: str = "embeddings") -> Trained | Non
     return _finish(run, folder, lambda: extend(run.out, start, trained, new), (note,))
 
 
+def _parts_of_a_process(loop: LoopConfig, processes: int) -> int:
+    """The fewest parts of a batch, no larger than one process alone would take them, that so many processes share."""
+    for count in range(max(1, -(-loop.accumulate // processes)), loop.batch_size + 1):
+        if loop.batch_size % (processes * count) == 0:
+            return count
+    raise ValueError(f"batch_size: {loop.batch_size} images cannot be shared by {processes} processes")
+
+
 def _start(run: Run, model: str) -> Checkpoint:
     """The model to start from, on the device of the run."""
     path = Path(model).expanduser()
-    if path.is_dir() and path.resolve() == run.out.resolve():
+    folder = path.parent if path.is_file() else path
+    if path.exists() and folder.resolve() == run.out.resolve():
         raise ValueError(f"out: {run.out} is the model to start from, which a run that resumes needs; name another one")
     device, start = distributed.own_device(run.device), checkpoints.load_models(model)
     start.var.to(device)
@@ -304,12 +321,14 @@ def _finish(run: Run, folder: Path, save: Callable[[], object], notes: tuple[str
     if not main:
         return None
     save()
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"  # someone may have removed it after the last step
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     scores = {record["step"]: record["score"] for record in records if "score" in record}
     if 0 in scores and max(scores.values()) == scores[0]:
         notes = ("no step did better on what is held out than the start, so the weights stay what they were", *notes)
+    last = records[-1] if records else {}
     # A figure that was not finite is null in the file.
-    return Trained(run.out, {k: math.nan if v is None else v for k, v in records[-1].items()}, notes)
+    return Trained(run.out, {k: math.nan if v is None else v for k, v in last.items()}, notes)
 
 
 def _read_config(file: Path | None) -> dict[str, dict[str, Any]]:

@@ -22,9 +22,9 @@ from varlik.models.var import VAR
 from varlik.models.weights import digest
 from varlik.scoring.engine import Engine
 from varlik.scoring.score_table import SHARD, score_table
-from varlik.training.data import TrainingTokens, check_fits
+from varlik.training.data import TrainingTokens, check_fits, check_model
 from varlik.training.likelihood import log_likelihood
-from varlik.training.loop import LoopConfig, Part, batch_indices, check_looked_at, generator, train
+from varlik.training.loop import LoopConfig, Part, batch_indices, check_batch, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
 from varlik.training.reference_scores import TABLE_BYTES, Reference
 
@@ -158,19 +158,25 @@ def train_cca(
 
     `folder` is as for `varlik.training.loop.train`, whose figures are joined by `log_ratio` and `negative_log_ratio`
     (means, in nats), `decided` (share of negatives less likely than the image's own class) and `nats_per_token`.
-    To resume, call again with the weights that the run started from. `compiled` runs the passes that are differentiated
+    To resume, call again with the weights that the run started from. Engines and classifiers made of `model` before are
+    void, and say so. `compiled` runs the passes that are differentiated
     through `torch.compile` (steps about 1.1 x faster on a CPU).
 
-    Raises `TypeError` or `ValueError`, naming the argument, for data of another number of classes or another codebook,
-    classes without an image, batches of one class only, `negatives` that are no chances of other classes, a reference
-    of another shape, and held-out images that are never looked at; and as `train`.
+    Raises `TypeError` or `ValueError`, naming the argument, for a model that is none, data of another number of classes
+    or another codebook, classes without an image, batches of one class only, `negatives` that are no chances of other
+    classes, a reference of another shape, and held-out images that are never looked at; and as `train`.
     """
     _check(model, data, loop, reference, held_out, negatives)
     if reference is None or reference is model:
         reference = copy.deepcopy(model)
     steps = min(loop.stop or loop.steps, loop.steps)
     scores = Reference(reference, data, steps > len(data) // loop.batch_size, table_bytes)
-    settings: dict[str, Any] = {"cca": asdict(config), "reference": digest(reference), "data": data.fingerprint()}
+    settings: dict[str, Any] = {
+        "cca": asdict(config),
+        "model": digest(model),
+        "reference": digest(reference),
+        "data": data.fingerprint(),
+    }
     if negatives is not None:
         settings["negatives"] = negatives = negatives.detach().cpu()
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -290,14 +296,15 @@ def _check(
     held_out: TrainingTokens | None,
     negatives: Tensor | None,
 ) -> None:
+    check_model(model)
+    check_batch(loop)
     config, device = model.config, model.pos_start.device
     check_fits("data", config, data, device)
     if held_out is not None:
         check_fits("held_out", config, held_out, device)
         check_looked_at(loop)
     if reference is not None:
-        if not isinstance(reference, VAR):
-            raise TypeError(f"reference: expected a VAR, got {type(reference).__name__}")
+        check_model(reference, "reference")
         names = [f.name for f in fields(config) if getattr(reference.config, f.name) != getattr(config, f.name)]
         if names:
             told = ", ".join(f"{n} {getattr(config, n)}, got {getattr(reference.config, n)}" for n in names)

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from varlik.models.config import VARConfig
 from varlik.models.quantizer import MultiScaleQuantizer
+from varlik.models.var import VAR
+from varlik.models.weights import digest
 from varlik.tokens import TokenMaps
 
 TOKENIZE_BATCH = 500
+_FINGERPRINTED = 64  # images whose tokens a fingerprint looks at
 _VARIANT_STREAM = 0x5DEECE66D  # keeps these draws apart from those of `loop.generator`
 
 
@@ -46,6 +49,8 @@ class TrainingTokens:
             raise ValueError(f"tokens: expected (n, variants, {length}), got {tokens.shape}")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             raise TypeError(f"labels: expected an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        if self.places is not None:
+            self._check_index("places", self.places, len(tokens))
         count = len(tokens) if self.places is None else len(self.places)
         if labels.shape != (count,):
             raise ValueError(f"labels: expected ({count},), one for each image, got {tuple(labels.shape)}")
@@ -71,11 +76,13 @@ class TrainingTokens:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digits that stand for the labels, the places and how many tokens there are, not which."""
+        """Hexadecimal digits that stand for labels, places and codebook, and for some of the tokens."""
         places = torch.arange(len(self)) if self.places is None else self.places
+        sampled = self.tokens[np.linspace(0, len(self.tokens) - 1, _FINGERPRINTED).astype(int)]
         found = hashlib.blake2b(repr((self.tokens.shape, self.class_names)).encode(), digest_size=16)
-        for part in (self.labels, places):
+        for part in (self.labels, places, torch.from_numpy(sampled.astype(np.int64))):
             found.update(part.cpu().contiguous().numpy().data)
+        found.update(digest(self.quantizer).encode())
         return found.hexdigest()
 
     def variant(self, rows: Tensor, seed: int, step: int) -> Tensor:
@@ -108,18 +115,6 @@ class TrainingTokens:
         rows = rows.cpu()
         places = rows if self.places is None else self.places[rows]
         return replace(self, labels=self.labels[rows], places=places)
-
-    def of_classes(self, classes: Sequence[int]) -> TrainingTokens:
-        """Only the images of some classes; labels and names stay what they are.
-
-        Raises `ValueError` for a class that there is not, or of which there is no image.
-        """
-        for label in classes:
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"classes: expected 0 to {self.num_classes - 1}, got {label}")
-            if not (self.labels == label).any():
-                raise ValueError(f"classes: there is no image of class {label} ({self.class_names[label]})")
-        return self.of_rows(torch.isin(self.labels, torch.tensor(list(classes))).nonzero().flatten())
 
     def split(self, share: float, seed: int = 0) -> tuple[TrainingTokens, TrainingTokens]:
         """Two parts, the second a random `share` of the images of each class (at least one), to hold out.
@@ -187,6 +182,12 @@ class TrainingTokens:
             raise ValueError(f"{name}: expected one dimension, got {tuple(index.shape)}")
         if len(index) and not 0 <= index.min() <= index.max() < size:
             raise ValueError(f"{name}: expected 0 to {size - 1}, got {index.min().item()} to {index.max().item()}")
+
+
+def check_model(model: VAR, name: str = "model") -> None:
+    """Raise `TypeError` unless the argument called `name` is a VAR transformer."""
+    if not isinstance(model, VAR):
+        raise TypeError(f"{name}: expected a VAR, got {type(model).__name__}")
 
 
 def check_fits(name: str, config: VARConfig, data: TrainingTokens, device: torch.device) -> None:

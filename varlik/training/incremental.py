@@ -29,7 +29,7 @@ from varlik.models import checkpoints
 from varlik.models.checkpoints import Checkpoint
 from varlik.models.var import VAR, ClassVectors
 from varlik.models.weights import digest
-from varlik.training.data import TrainingTokens, check_fits
+from varlik.training.data import TrainingTokens, check_fits, check_model
 from varlik.training.likelihood import Score, log_likelihood, mean_log_likelihood
 from varlik.training.loop import LoopConfig, Part, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
@@ -122,7 +122,8 @@ def train_incremental(
     no more than what is trained: to resume, call again with the same `model`.
 
     Raises `TypeError` or `ValueError` for an unknown `what`, data that hold old classes, no new one, none of some new
-    class or other token maps than the model's, for "adaln" with classes that are not independent, and as `loop.train`.
+    class or other token maps than the model's, for "adaln" with classes that are not independent, or no longer are as
+    they train, and as `loop.train`.
     """
     if what not in CHANGES:
         raise ValueError(f"what: expected one of {', '.join(map(repr, CHANGES))}, got {what!r}")
@@ -155,8 +156,24 @@ def train_incremental(
     }
     loss = _loss_of_part(data, loop, torch.compile(score) if compiled else score, grown.config.null_class, what)
     validate = None if held_out is None else lambda _: mean_log_likelihood(score, held_out)
+
+    def check_foldable(step: int) -> Metrics:
+        """Before a checkpoint, so that a run does not come to its end in vain."""
+        if classes and classes.offsets and (step + 1) % loop.checkpoint_every == 0:
+            _check_independent(classes.weight)
+        return {}
+
     train(
-        trained, loss, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet, validate_start=True
+        trained,
+        loss,
+        loop,
+        folder,
+        len(data),
+        check_foldable,
+        validate=validate,
+        settings=settings,
+        quiet=quiet,
+        validate_start=True,
     )
     if classes:
         _set_embeddings(grown, classes.weight.detach())
@@ -268,8 +285,7 @@ def _scores_kept(before: VAR, after: VAR) -> bool:
 
 def _check_data(name: str, model: VAR, data: TrainingTokens) -> int:
     """How many classes `model` has, if `data` is fit to teach it others."""
-    if not isinstance(model, VAR):
-        raise TypeError(f"model: expected a VAR, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(data, TrainingTokens):
         raise TypeError(f"{name}: expected TrainingTokens, got {type(data).__name__}")
     old, total, labels = model.config.num_classes, data.num_classes, data.labels

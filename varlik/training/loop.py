@@ -70,6 +70,9 @@ class LoopConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("steps", "stop", "batch_size", "accumulate", "evaluate_every"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}: expected a whole number, got {getattr(self, name)}")
         for name in ("muon_rate", "warmup", "stop", "weight_decay", "evaluate_every", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -153,6 +156,17 @@ def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.O
     return [adamw, Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay)] if matrices else [adamw]
 
 
+def check_batch(config: LoopConfig) -> None:
+    """Raise `ValueError` where the processes there are cannot cut a batch into equal parts."""
+    size = distributed.world().size
+    parts = size * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size: expected a multiple of {parts} ({size} processes, {config.accumulate} parts in each), "
+            f"got {config.batch_size}"
+        )
+
+
 def check_looked_at(config: LoopConfig) -> None:
     """Raise `ValueError` where held-out images would never be looked at."""
     if not config.evaluate_every:
@@ -193,12 +207,7 @@ def train(
     not finite, a gradient in float16 only where a smaller scale does not help.
     """
     world = distributed.world()
-    parts = world.size * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size: expected a multiple of {parts} ({world.size} processes, {config.accumulate} parts in each), "
-            f"got {config.batch_size}"
-        )
+    check_batch(config)
     if config.evaluate_every and validate is None:
         raise ValueError(f"evaluate_every: {config.evaluate_every}, but this training has nothing to validate with")
     folder = Path(folder)

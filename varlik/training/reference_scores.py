@@ -23,6 +23,8 @@ class Reference:
     """
 
     def __init__(self, model: VAR, data: TrainingTokens, revisits: bool = True, table_bytes: int = TABLE_BYTES):
+        if table_bytes < 0:
+            raise ValueError(f"table_bytes: expected 0 or more, got {table_bytes}")
         device, dtype = model.pos_start.device, model.pos_start.dtype
         one_by_one = revisits and device.type == "cpu"  # takes twice as long as rows together
         # Float16, which the engine takes on GPUs by default, would blur the ratios.

@@ -48,10 +48,12 @@ def cache_tokens(
     torchrun, process 0 writes and the others wait for it.
 
     Raises `ValueError` for a cache made of something else, naming what differs, for an image that cannot be read, for
-    variants that `check_variants` refuses and where no image is left of a class; `OSError` for a folder that cannot be
-    written.
+    variants that `check_variants` refuses, for no image, and where none is left of a class; `OSError` for a folder that
+    cannot be written.
     """
     check_variants(variants)
+    if not len(source.labels):
+        raise ValueError("source: expected at least one image, got none")
     folder = Path(folder)
     about = _about(source, vqvae, preprocessing, variants, seed)
     finished = folder / "tokens.npy"
@@ -67,6 +69,8 @@ def cache_tokens(
     tokens, labels = np.load(finished, mmap_mode="r"), np.load(folder / "labels.npy")
     if tokens.shape != _shape(about) or labels.shape != tokens.shape[:1]:
         raise ValueError(f"{folder}: the cache is damaged: tokens {tokens.shape}, labels {labels.shape}; remove it")
+    if complain is None and (labels < 0).any():
+        raise ValueError(f"{folder}: the cache leaves out {(labels < 0).sum()} images that could not be read")
     places = torch.from_numpy(labels >= 0).nonzero().flatten()
     for label in set(np.asarray(source.labels).tolist()) - set(labels[labels >= 0].tolist()):
         raise ValueError(f"source: expected images that can be read of {source.class_names[label]!r}, got none")

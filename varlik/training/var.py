@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,9 @@ from torch import Tensor
 from varlik.models.config import VARConfig
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
+from varlik.models.weights import digest
 from varlik.training import distributed
-from varlik.training.data import TrainingTokens, check_fits
+from varlik.training.data import TrainingTokens, check_fits, check_model
 from varlik.training.likelihood import log_likelihood, mean_log_likelihood
 from varlik.training.loop import LoopConfig, Part, batch_indices, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
@@ -96,10 +99,18 @@ def contrast_var(
     mistaken for the true one. The null class, a tenth of the labels, takes no part in this. A hybrid of generative and
     discriminative training in the sense of Lasserre, Bishop and Minka (2006); likelihoods stay normalised.
 
-    Raises `ValueError` if `data` has other token maps or another number of classes than `model`, and as `loop.train`.
+    Raises `TypeError` or `ValueError`, naming the argument, for a model that is none or knows a single class, data of
+    other token maps or another number of classes, `weight` and `temperature` that are not positive; as `loop.train`.
     """
+    check_model(model)
     config = model.config
+    for name, value in (("weight", weight), ("temperature", temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    if config.num_classes < 2:
+        raise ValueError(f"model: expected two classes or more, got {config.num_classes}")
     check_fits("data", config, data, model.pos_start.device)
+    settings: dict[str, Any] = {"model": digest(model)}
     model.train()
     # The draws are made on the CPU, so what they depend on stays there.
     model.register_buffer("confusion", 0.5 * (1 - torch.eye(config.num_classes)))
@@ -147,7 +158,7 @@ def contrast_var(
         mistaken.zero_()
         return {}
 
-    settings = {"weight": weight, "temperature": temperature, "data": data.fingerprint()}
+    settings |= {"weight": weight, "temperature": temperature, "data": data.fingerprint()}
     train(model, loss_of_part, loop, folder, len(data), record_mistakes, settings=settings, quiet=quiet)
     del model.confusion
     return model.eval()
