@@ -23,6 +23,7 @@ from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.training import loop as loop_module
+from varlik.training.cca import PRESETS
 from varlik.training.distributed import World
 from varlik.training.vqvae_file import load_vqvae, save_vqvae
 
@@ -131,6 +132,8 @@ def test_cca(run, model, tmp_path):
     assert state["settings"]["cca"]["weight"] == 2.0
     assert not equal(state["model"], weights(model))
 
+    (tmp_path / "m/work/cca/metrics.jsonl").unlink()
+    ok(run(*command, "--held-out", 0.25, "--evaluate-every", 3, "--patience", 0, "--resume"))
     other = draw(tmp_path / "other", ("elm", "ash"), 3)
     ok(run(*command[:5], "--out", tmp_path / "n", "--held-out", other, *FEW))
     assert (tmp_path / "n" / "work" / "held-out-tokens" / "tokens.npy").exists()
@@ -158,7 +161,7 @@ def test_held_out_images_of_a_var(run, pictures, model, sizes, tmp_path):
     fails(run(*given, "--held-out", other, "--out", tmp_path / "o"), "held_out", "fir")
 
 
-@pytest.mark.parametrize(("size", "parts"), [(1, 32), (2, 16), (8, 4), (32, 1), (64, 1)])
+@pytest.mark.parametrize(("size", "parts"), [(1, 32), (2, 16), (8, 4), (32, 1), (64, 1), (16, 2)])
 def test_processes_share_the_parts_of_a_preset(model, tmp_path, monkeypatch, size, parts):
     data = draw(tmp_path / "data", ("ash", "t-shirt_top", "elm"), 1)
     seen = []
@@ -170,6 +173,14 @@ def test_processes_share_the_parts_of_a_preset(model, tmp_path, monkeypatch, siz
     training.cca(replace(run, changes={"accumulate": 2}), str(model), "d16")
     assert [loop.accumulate for loop in seen] == [parts, 2]
     assert seen[0].batch_size % (size * parts) == 0
+
+
+def test_processes_that_cannot_share_a_batch_evenly():
+    loop = PRESETS["d16"].loop
+    shared = replace(loop, batch_size=240, accumulate=30)
+    assert [training._parts_of_a_process(shared, size) for size in (1, 3, 7 + 1)] == [30, 10, 5]
+    with pytest.raises(ValueError, match="256 images cannot be shared by 3 processes"):
+        training._parts_of_a_process(loop, 3)
 
 
 def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
@@ -274,6 +285,8 @@ def test_data_by_name(tmp_path, monkeypatch):
         training.images_of(text)
     training.images_of("fashion-mnist:a/b@test")
     training.images_of("glyphs-100:g")
+    training.images_of("idx:me@home/a")
+    training.images_of("idx:me@home/a@test")
     assert asked == [
         ("idx", "a/b", "train"),
         ("idx", "a", "test"),
@@ -283,6 +296,8 @@ def test_data_by_name(tmp_path, monkeypatch):
         ("fashion-mnist", "held-out", None),
         ("fashion-mnist", "test", "a/b"),
         ("glyphs-100", "train", "g"),
+        ("idx", "me@home/a", "train"),
+        ("idx", "me@home/a", "test"),
     ]
     with pytest.raises(ValueError, match="train, held-out, test"):
         training.images_of("fashion-mnist@validation")
@@ -320,6 +335,9 @@ def test_wrong_input(run, pictures, model, sizes, tmp_path):
     fails(run("train", "cca", named, "-m", model, *out, "--preset", "d17"), "preset", "d16", "d17")
     fails(run("train", "cca", named, "-m", model, *out, "--beta", -1), "beta", "-1")
     fails(run("train", "cca", named, "-m", model, *out[2:], "--out", model), "out", "start from")
+    fails(run("train", "cca", named, "-m", model / "var.safetensors", *out[2:], "--out", model), "out", "start from")
+    twice = draw(tmp_path / "twice", ("ash", "elm", "Elm", "t-shirt_top"))
+    fails(run("train", "cca", twice, "-m", model, *out), "data", "one class")
     fails(run("train", "cca", named, "-m", model, *out, "--held-out", 1.5), "held_out", "1.5")
     fails(run("train", "incremental", named, "-m", model, *out), "ash, elm already")
     new = draw(tmp_path / "new", ("fir", "yew"))
