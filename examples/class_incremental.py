@@ -27,7 +27,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from examples import cwr
-from examples.recipe import pixels_of
+from examples.recipe import pixels_of, scoring_parameters
 from examples.train_fashion_mnist import PREPROCESSING, VQVAE_CONFIG
 from varlik import flops
 from varlik.cascade import VARC
@@ -181,10 +181,8 @@ def parameters_trained(folder: Path) -> int:
 
 def size_and_cost(checkpoint: Checkpoint, var: VAR) -> tuple[int, float]:
     """Parameters of what classifies, and GFLOPs of one image."""
-    vqvae = checkpoint.vqvae
-    parts = (var, vqvae.encoder, vqvae.quant_conv, vqvae.quantize)
-    cost = flops.engine(VARC, var.config, vqvae.config, CLASSES, "true").flops.total
-    return sum(p.numel() for part in parts for p in part.parameters()), cost / 1e9
+    cost = flops.engine(VARC, var.config, checkpoint.vqvae.config, CLASSES, "true").flops.total
+    return scoring_parameters(var, checkpoint.vqvae), cost / 1e9
 
 
 def discriminative(options: argparse.Namespace, test: LabelledImages) -> list[Row]:

@@ -29,6 +29,7 @@ from varlik.datasets import fashion_mnist
 from varlik.evaluation.machine import machine
 from varlik.models import checkpoints
 from varlik.models.var import VAR
+from varlik.models.weights import digest
 from varlik.training.cca import PRESETS, CCAConfig, accuracy, confusion, train_cca
 from varlik.training.data import TrainingTokens
 from varlik.training.likelihood import log_likelihood
@@ -193,7 +194,8 @@ def more_likelihood(model: VAR, data: TrainingTokens, loop: LoopConfig, folder: 
         vectors = model.class_vectors(labels.masked_fill(dropped, null))
         return -log_likelihood(model, vectors, images, inputs).mean() / images.shape[1], {}
 
-    return train(model.train(), loss_of_part, loop, folder, len(data)).eval()
+    settings = {"model": digest(model), "data": data.fingerprint()}
+    return train(model.train(), loss_of_part, loop, folder, len(data), settings=settings).eval()
 
 
 def write(report: dict) -> None:

@@ -19,6 +19,8 @@ from varlik.evaluation.doctor import write_fixture
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing, VARConfig, VQVAEConfig
 from varlik.models.presets import BUNDLED
+from varlik.models.var import VAR
+from varlik.models.vqvae import VQVAE
 from varlik.training.data import TrainingTokens
 from varlik.training.loop import LoopConfig
 from varlik.training.var import contrast_var, feature_maps, train_var
@@ -79,6 +81,12 @@ def train(recipe: Recipe, work: Path, folder: Path | None, out: Path | None, com
 def pixels_of(data: LabelledImages, preprocessing: Preprocessing) -> Tensor:
     """(n, 1, S, S) in [-1, 1]."""
     return images.load_many(data.images[..., None], preprocessing)
+
+
+def scoring_parameters(var: VAR, vqvae: VQVAE) -> int:
+    """Of all that an image goes through when it is classified: the VQ-VAE without its decoder, and the transformer."""
+    parts = (var, vqvae.encoder, vqvae.quant_conv, vqvae.quantize)
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
 def write_samples(data: LabelledImages, folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import varlik
 from examples.cwr import CNN, LOOP, fit, pixels_of, predict
+from examples.recipe import scoring_parameters
 from varlik.datasets import LabelledImages, fashion_mnist
 from varlik.evaluation.machine import machine
 from varlik.images import load_many
@@ -55,9 +56,7 @@ def main() -> None:
         name, _, place = named.partition("=")
         classifier = varlik.load(place or name, device="cpu")
         ways[name] = lambda data, classifier=classifier: answers(classifier, data, options.work / "scores")
-        vqvae = classifier.vqvae
-        parts = (classifier.var, vqvae.encoder, vqvae.quant_conv, vqvae.quantize)
-        parameters[name] = sum(p.numel() for part in parts for p in part.parameters())
+        parameters[name] = scoring_parameters(classifier.var, classifier.vqvae)
     labels = torch.from_numpy(test.labels)
     kinds = {
         "clean": [test],
