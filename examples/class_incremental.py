@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,6 +33,7 @@ from varlik import flops
 from varlik.cascade import VARC
 from varlik.datasets import LabelledImages, fashion_mnist
 from varlik.evaluation.machine import machine
+from varlik.evaluation.train import INCREMENTAL_LOOPS
 from varlik.models import checkpoints
 from varlik.models.checkpoints import Checkpoint
 from varlik.models.config import VARConfig
@@ -40,7 +41,7 @@ from varlik.models.var import VAR
 from varlik.scoring.engine import Engine
 from varlik.scoring.score_table import score_table
 from varlik.tokens import TokenMaps
-from varlik.training.incremental import CHANGES, Change, extend, train_incremental
+from varlik.training.incremental import CHANGES, extend, train_incremental
 from varlik.training.loop import LoopConfig
 from varlik.training.tasks import TaskReport, task_report
 from varlik.training.token_cache import cache_tokens
@@ -60,7 +61,6 @@ VAR_CONFIG = VARConfig(
     codebook_dim=VQVAE_CONFIG.codebook_dim,
     num_classes=FIRST,
 )
-RATES: dict[Change, float] = {"embeddings": 1e-2, "adaln": 1e-2, "all": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,7 @@ def generative(options: argparse.Namespace, test: LabelledImages) -> list[Row]:
     for what in CHANGES:
         reports, drifts = [], []
         for seed in range(options.seeds):
-            loop = LoopConfig(
-                steps=options.steps,
-                batch_size=32,
-                learning_rate=RATES[what],
-                warmup=50,
-                hold=0.3,
-                average=0.99,
-                seed=seed,
-                checkpoint_every=100,
-            )
+            loop = replace(INCREMENTAL_LOOPS[what], steps=options.steps, seed=seed, checkpoint_every=100)
             folder = options.work / f"{what}-{seed}"
             after = train_incremental(before.var, tokens, what, loop, folder, compiled=not options.eager)
             extend(folder / "model", before, after, data.class_names[FIRST:])

@@ -1,12 +1,12 @@
 """CCA on Fashion-MNIST: which beta and lambda, against more training by likelihood alone, from two models.
 
-    python -m examples.fashion_mnist_cca --work runs/cca          # about three hours of one CPU core
+    python -m examples.fashion_mnist_cca --work runs/cca          # about five hours of one CPU core
     python -m examples.fashion_mnist_cca --work runs/cca --only plain-long-control    # that model alone, no figures
 
 The two models are `plain`, trained here by likelihood alone on the bundled model's tokens, and the bundled
 `fashion-mnist`, whose training ended with a term that tells classes apart. Short runs from `plain` compare many
 variants on held-out images, long ones a few, with the optimisers and rates of that last stage of the bundled model; the
-best of these is used on both models. Models go to folders in `--work`, figures to
+best of these is used on both models, with several seeds. Models go to folders in `--work`, figures to
 `benchmarks/results/fashion-mnist-cca.json` and `.md`. What is done is kept in `--work` by name and a killed run goes on
 where it was, so settings that are changed here need another folder.
 """
@@ -18,6 +18,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
@@ -33,9 +34,9 @@ from varlik.models.weights import digest
 from varlik.training.cca import PRESETS, CCAConfig, accuracy, confusion, train_cca
 from varlik.training.data import TrainingTokens
 from varlik.training.likelihood import log_likelihood
-from varlik.training.loop import LoopConfig, Part, generator, train
+from varlik.training.loop import LoopConfig, Part, train
 from varlik.training.metrics import Metrics
-from varlik.training.var import CLASS_DROPOUT, feature_maps, train_var
+from varlik.training.var import drop_labels, feature_maps, train_var
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 PLAIN_LOOP = replace(VAR_LOOP, steps=5_250, stop=0)
@@ -85,6 +86,8 @@ SHORT = (
 LONG = (Variant(0.2, confused=True), Variant(1.0, confused=True))
 CONFUSION_IMAGES = 1_000  # of the training ones
 SEARCH_IMAGES = 1_500  # of the held-out ones, for comparing variants
+# Of the final runs, for the order of images, negatives and labels that are left out; the first one chose the variant.
+SEEDS = tuple(range(LONG_LOOP.seed, LONG_LOOP.seed + 3))
 
 
 def main() -> None:
@@ -114,11 +117,12 @@ def main() -> None:
         **{f"plain, CCA, {variant}": value for variant, value in found.items()},
     }
     best = max(found, key=lambda variant: found[variant])
-    final: dict[str, float] = {}
+    final: dict[str, list[float]] = {}
     for base in ("plain", "fashion-mnist"):
-        final[base] = unseen(base)
-        final[f"{base}, more likelihood"] = unseen(f"{base}-long-control")
-        final[f"{base}, CCA"] = unseen(f"{base}-long-{best.folder}")
+        final[base] = [unseen(base)]
+        for what, folder in (("more likelihood", "control"), ("CCA", best.folder)):
+            others = [f"-seed{seed}" for seed in SEEDS[1:]]
+            final[f"{base}, {what}"] = [unseen(f"{base}-long-{folder}{seed}") for seed in ("", *others)]
     report = {"short": short, "long": long, "best": str(best), "final": final}
     write({**report, "machine": asdict(machine(bundled.device))})
 
@@ -128,7 +132,7 @@ class Runs:
     """Models by name, each made once and kept in a folder of that name in `work`.
 
     "plain" and "fashion-mnist", and what is made of them: "BASE-short-..." and "BASE-long-..." followed by "control" or
-    a variant's folder.
+    a variant's folder, and by "-seedN" for another seed than the loop's.
     """
 
     work: Path
@@ -149,8 +153,10 @@ class Runs:
         folder = self.work / f"{name}-run"
         if name == "plain":
             return train_var(self.training, VAR_CONFIG, PLAIN_LOOP, folder, self.compiled)
+        run, _, seed = name.partition("-seed")
         for length, variants, loop in (("short", SHORT, SHORT_LOOP), ("long", LONG, LONG_LOOP)):
-            base, found, what = name.partition(f"-{length}-")
+            loop = replace(loop, seed=int(seed or loop.seed))
+            base, found, what = run.partition(f"-{length}-")
             if found and what == "control":
                 return more_likelihood(self.model(base), self.training, loop, folder)
             for variant in variants:
@@ -186,12 +192,10 @@ def more_likelihood(model: VAR, data: TrainingTokens, loop: LoopConfig, folder: 
 
     As in CCA, a tenth of the labels is the null class.
     """
-    null = model.config.null_class
 
     def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
         images, inputs, labels = data.batch(part.indices)
-        dropped = torch.rand(len(part.rows), generator=generator(loop.seed, part.step))[part.own] < CLASS_DROPOUT
-        vectors = model.class_vectors(labels.masked_fill(dropped, null))
+        vectors = model.class_vectors(drop_labels(labels, part, loop.seed, model.config.null_class))
         return -log_likelihood(model, vectors, images, inputs).mean() / images.shape[1], {}
 
     settings = {"model": digest(model), "data": data.fingerprint()}
@@ -212,14 +216,15 @@ def write(report: dict) -> None:
         f"Short runs: {SHORT_LOOP.steps} steps, AdamW at {SHORT_LOOP.learning_rate:g} where no rate is given; "
         f"{SEARCH_IMAGES} images.",
         "",
-        *table(report["short"]),
+        *table({name: [value] for name, value in report["short"].items()}),
         "",
         f"Long runs: {LONG_LOOP.steps} steps, Muon at {LONG_LOOP.muon_rate:g}, AdamW at {LONG_LOOP.learning_rate:g}, "
         f"moving average of the weights; the same {SEARCH_IMAGES} images.",
         "",
-        *table(report["long"]),
+        *table({name: [value] for name, value in report["long"].items()}),
         "",
-        f"Long runs with {report['best']}, images that took no part in any choice:",
+        f"Long runs with {report['best']}, images that took no part in any choice; mean and standard deviation of "
+        f"{len(SEEDS)} seeds:",
         "",
         *table(report["final"]),
     ]
@@ -227,9 +232,13 @@ def write(report: dict) -> None:
     print("\n".join(lines))
 
 
-def table(accuracies: dict[str, float]) -> list[str]:
-    """Lines of markdown."""
-    return ["| | top-1 |", "|---|---|", *(f"| {name} | {value:.2%} |" for name, value in accuracies.items())]
+def table(accuracies: dict[str, list[float]]) -> list[str]:
+    """Lines of markdown: a row for each name, the mean of its values and, of several, their standard deviation."""
+    lines = ["| | top-1 |", "|---|---|"]
+    for name, values in accuracies.items():
+        spread = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
+        lines.append(f"| {name} | {mean(values):.2%}{spread} |")
+    return lines
 
 
 if __name__ == "__main__":

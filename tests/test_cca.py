@@ -524,7 +524,7 @@ def test_a_run_with_another_reference_or_loss_is_not_resumed(tmp_path):
         train_cca(start(), replace(data, labels=other), CCAConfig(), loop(2), tmp_path, quiet=True)
 
 
-def test_refuses_what_cannot_be_trained(tmp_path):
+def test_refuses_what_cannot_be_trained(tmp_path, monkeypatch):
     model, data = start(), make_data()
 
     def refused(error, words, data=data, settings=None, **options):
@@ -547,6 +547,12 @@ def test_refuses_what_cannot_be_trained(tmp_path):
     refused(ValueError, "table_bytes: expected 0 or more, got -1", table_bytes=-1)
     with pytest.raises(TypeError, match="model: expected a VAR, got str"):
         train_cca("tiny", data, CCAConfig(), loop(4), tmp_path)
+    with pytest.raises(TypeError, match="model: expected a VAR, got str"):
+        confusion("tiny", data)
+    with monkeypatch.context() as patch:
+        patch.setattr(cca.Engine, "prepare", lambda *_: pytest.fail("scored before it was refused"))
+        chances = 1 - torch.eye(CLASSES)
+        refused(ValueError, "batch_size 49 exceeds the 48", settings=loop(4, batch_size=49), negatives=chances)
     refused(ValueError, "reference: expected the model's depth 2, got 1",
             reference=make_model(replace(CONFIG, depth=1)))  # fmt: skip
     refused(ValueError, "reference: expected the model's num_classes 6, got 7",

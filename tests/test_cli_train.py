@@ -23,7 +23,6 @@ from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.training import loop as loop_module
-from varlik.training.cca import PRESETS
 from varlik.training.distributed import World
 from varlik.training.vqvae_file import load_vqvae, save_vqvae
 
@@ -163,24 +162,26 @@ def test_held_out_images_of_a_var(run, pictures, model, sizes, tmp_path):
 
 @pytest.mark.parametrize(("size", "parts"), [(1, 32), (2, 16), (8, 4), (32, 1), (64, 1), (16, 2)])
 def test_processes_share_the_parts_of_a_preset(model, tmp_path, monkeypatch, size, parts):
-    data = draw(tmp_path / "data", ("ash", "t-shirt_top", "elm"), 1)
     seen = []
     monkeypatch.setattr(training.distributed, "world", lambda: World(0, size, 0))
     monkeypatch.setattr(training, "train_cca", lambda var, data, config, loop, *args, **_: seen.append(loop) or var)
     monkeypatch.setattr(training, "_finish", lambda *args: None)
-    run = training.Run(str(data), tmp_path / "m", device="cpu")
+    monkeypatch.setattr(training.Run, "tokens", lambda *args: (None, None))
+    run = training.Run("", tmp_path / "m", device="cpu")
     training.cca(run, str(model), "d16")
     training.cca(replace(run, changes={"accumulate": 2}), str(model), "d16")
     assert [loop.accumulate for loop in seen] == [parts, 2]
     assert seen[0].batch_size % (size * parts) == 0
+    monkeypatch.setattr(training.distributed, "world", lambda: World(0, 3, 0))
+    with pytest.raises(ValueError, match="batch_size: 256 images cannot be shared by 3 processes"):
+        training.cca(run, str(model), "d16")
+    for changes in ({"batch_size": 240}, {"batch_size": 240, "accumulate": 4}):
+        training.cca(replace(run, changes=changes), str(model), "d16")
+    assert [(loop.batch_size, loop.accumulate) for loop in seen[2:]] == [(240, 16), (240, 4)]
 
 
-def test_processes_that_cannot_share_a_batch_evenly():
-    loop = PRESETS["d16"].loop
-    shared = replace(loop, batch_size=240, accumulate=30)
-    assert [training._parts_of_a_process(shared, size) for size in (1, 3, 7 + 1)] == [30, 10, 5]
-    with pytest.raises(ValueError, match="256 images cannot be shared by 3 processes"):
-        training._parts_of_a_process(loop, 3)
+def test_processes_take_parts_that_divide_a_batch():
+    assert [training._parts_of_a_process(240, 30, size) for size in (1, 3, 8)] == [30, 10, 5]
 
 
 def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
@@ -190,7 +191,7 @@ def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "idx_folder", lambda *args: source)
     monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
     monkeypatch.setattr(training, "_finish", lambda *args: None)
-    training.cca(training.Run("idx:x", tmp_path / "m", device="cpu"), str(model))
+    training.cca(training.Run("idx:x", tmp_path / "m", device="cpu", changes={"batch_size": 4}), str(model))
     assert seen[0].labels.tolist() == [1, 2, 1, 2]
 
 
@@ -199,7 +200,7 @@ def test_classes_are_found_by_name(model, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
     monkeypatch.setattr(training, "_finish", lambda *args: None)
-    training.cca(training.Run(str(data), tmp_path / "m", device="cpu"), str(model))
+    training.cca(training.Run(str(data), tmp_path / "m", device="cpu", changes={"batch_size": 6}), str(model))
     assert seen[0].class_names == CLASSES
     assert seen[0].labels.tolist() == [2, 2, 0, 0, 1, 1]
 
@@ -290,7 +291,7 @@ def test_data_by_name(tmp_path, monkeypatch):
     assert asked == [
         ("idx", "a/b", "train"),
         ("idx", "a", "test"),
-        ("hf", "org/name", "train"),
+        ("hf", "org/name", None),
         ("hf", "/a/b", "dev"),
         ("fashion-mnist", "train", None),
         ("fashion-mnist", "held-out", None),
@@ -329,6 +330,7 @@ def test_wrong_input(run, pictures, model, sizes, tmp_path):
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--variants", "flip"), "variants", "plain")
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--precision", "int8"), "precision", "int8")
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--batch-size", 99), "batch_size", "99", "24")
+    assert not (tmp_path / "m" / "work" / "tokens").exists()
     fails(run("train", "var", pictures, "--vqvae", model, *out, "--batch-size", 5, "--accumulate", 2), "batch_size")
     fails(run("train", "cca", pictures, "-m", model, *out), "data", "oak", "class")
     named = draw(tmp_path / "named", ("ash", "elm", "t-shirt_top"))

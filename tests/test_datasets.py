@@ -67,6 +67,14 @@ def test_images_and_labels_that_differ_in_number(folder):
         datasets.fashion_mnist("test", folder)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 784), (4, 28, 28, 1)])
+def test_images_of_another_shape(folder, shape):
+    write_idx(folder / "t10k-images-idx3-ubyte", np.zeros(shape, np.uint8))
+    for read in (datasets.fashion_mnist, lambda split, folder: datasets.idx_folder(folder, split)):
+        with pytest.raises(ValueError, match=r"expected \(n, H, W\) images"):
+            read("test", folder)
+
+
 GLYPH_COUNTS = {"train": 6, "held-out": 2, "test": 4}
 
 

@@ -282,6 +282,22 @@ def test_classes_that_are_not_independent_cannot_be_protected_by_folding(data, t
     assert not list(tmp_path.iterdir())
 
 
+def test_classes_that_grow_dependent_end_a_run_before_its_checkpoint(data, tmp_path, monkeypatch):
+    model, config = make_model(), loop(20, checkpoint_every=4, log_every=1)
+    real = incremental.log_likelihood
+
+    def draw_together(var, *args):
+        with torch.no_grad():
+            var.class_emb.new[1] = var.class_emb.new[0]
+        return real(var, *args)
+
+    monkeypatch.setattr(incremental, "log_likelihood", draw_together)
+    with pytest.raises(ValueError, match="what: 'adaln' needs linearly independent embeddings"):
+        train_incremental(model, data, "adaln", replace(config, learning_rate=1e-9), tmp_path, quiet=True)
+    assert len(training_case.records(tmp_path)) == 3
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

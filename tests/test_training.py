@@ -120,6 +120,7 @@ def test_contrast_widens_margins_and_keeps_a_likelihood(data, tmp_path):
     assert "confusion" not in var.state_dict()
     with pytest.raises(ValueError, match="another model"):
         contrast_var(var, data, loop(40), tmp_path / "contrast", weight=1.0, temperature=1.0, quiet=True)
+    assert "confusion" not in var.state_dict()  # refused, it is the start that it was
     for options, message in (({"weight": 0.0}, "weight: expected"), ({"temperature": -1.0}, "temperature: expected")):
         with pytest.raises(ValueError, match=message):
             contrast_var(start, data, loop(40), tmp_path / "refused", **options)
@@ -414,6 +415,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"stop": 2.5}, "stop: expected a whole number, got 2.5"),
+        ({"checkpoint_every": 2.5}, "checkpoint_every: expected a whole number, got 2.5"),
+        ({"seed": "3"}, "seed: expected a whole number, got '3'"),
         ({"batch_size": 8.0}, "batch_size: expected a whole number, got 8.0"),
         ({"patience": 2}, "patience: 2 needs evaluate_every"),
         ({"patience": -1}, "patience: expected 0 or more, got -1"),
@@ -432,6 +435,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
             loop(5, **changes)
     with pytest.raises(ValueError, match="evaluate_every: 2, but this training has nothing to validate with"):
         train_var(tokens(), VAR, loop(4, evaluate_every=2), tmp_path, quiet=True)
+    with pytest.raises(TypeError, match=r"pixels: expected floating-point numbers in \[-1, 1\], got torch.uint8"):
+        train_vqvae((128 * pictures()[0] + 128).byte(), VQ, loop(4), tmp_path, quiet=True)
 
 
 def test_tensorboard_is_optional(tmp_path, monkeypatch):

@@ -286,6 +286,13 @@ def test_a_hugging_face_table(tmp_path):
             hugging_face(tmp_path / "dict", **options)
         assert all(word in str(caught.value) for word in words)
 
+    assert len(hugging_face(tmp_path / "table", "train")) == 6  # it does not say what it is
+    hf.Dataset.from_dict(rows, features, split="test").save_to_disk(str(tmp_path / "alone"))
+    assert len(hugging_face(tmp_path / "alone")) == len(hugging_face(tmp_path / "alone", "test")) == 6
+    for name, own, other in (("alone", "test", "train"), ("table", "train", "test")):
+        with pytest.raises(ValueError, match=f"split: .* is a single table, taken for '{own}', got '{other}'"):
+            hugging_face(tmp_path / name, other)
+
     unlabelled = hf.Dataset.from_dict(rows | {"kind": [-1] * 6}, features)
     unlabelled.save_to_disk(str(tmp_path / "unlabelled"))
     with pytest.raises(ValueError, match="without a class"):
@@ -441,6 +448,9 @@ def test_a_cache_of_something_else_is_refused(vqvae, tmp_path):
 
 
 def test_what_is_no_cache_is_refused(vqvae, tmp_path):
+    with pytest.raises(ValueError, match="source: expected at least one image, got none"):
+        whole(vqvae, source(0), tmp_path)
+    assert not list(tmp_path.iterdir())
     whole(vqvae, source(), tmp_path)
     about = (tmp_path / "about.json").read_text()
     np.save(tmp_path / "tokens.npy", np.zeros((3, 1, 30), np.uint8))

@@ -156,10 +156,12 @@ def image_folder(folder: str | Path) -> PictureFiles:
 
 
 def hugging_face(
-    name: str | Path, split: str = "train", image: str | None = None, label: str | None = None
+    name: str | Path, split: str | None = None, image: str | None = None, label: str | None = None
 ) -> TableImages:
     """One split of a Hugging Face data set: a name for `datasets.load_dataset`, or a folder that `save_to_disk` wrote.
 
+    `split` is "train" by default, and of a table that was saved alone, whatever it is; one that does not say which
+    split it is may be called "train", but nothing else.
     `image` and `label` name the columns (default: the one of type `Image`, the one of type `ClassLabel`). A label
     column of integers without names is taken too where it is named; classes are then called by their numbers.
     Raises `ImportError` without `datasets`, `ValueError` for a split or column that is not there, images of a wrong
@@ -170,17 +172,17 @@ def hugging_face(
     except ImportError as error:
         raise ImportError("Hugging Face data sets need the extra: pip install 'varlik[train]'") from error
 
-    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
-        table = datasets.load_from_disk(str(name))
-    else:
-        table = datasets.load_dataset(str(name), split=split)
+    wanted = split or "train"
+    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
+    table = datasets.load_from_disk(str(name)) if saved else datasets.load_dataset(str(name), split=wanted)
     if isinstance(table, dict):
-        if split not in table:
-            raise ValueError(f"split: {name} has {', '.join(table)}, got {split!r}")
-        table = table[split]
-    elif split not in ("train", str(table.split)):
-        # Saved alone, a table is taken for what is trained on unless it says otherwise, but for nothing else.
-        raise ValueError(f"split: {name} is a single table, of the split {table.split}, got {split!r}")
+        if wanted not in table:
+            raise ValueError(f"split: {name} has {', '.join(table)}, got {wanted!r}")
+        table = table[wanted]
+    elif saved and split:
+        own = "train" if table.split is None else str(table.split)
+        if split != own:
+            raise ValueError(f"split: {name} is a single table, taken for {own!r}, got {split!r}")
     column = _column(table.features, image, datasets.Image, "image", name)
     labels = _column(table.features, label, datasets.ClassLabel, "label", name)
     if not isinstance(table.features[column], datasets.Image):

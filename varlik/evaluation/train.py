@@ -104,14 +104,19 @@ class Run:
         return folder
 
     def tokens(
-        self, vqvae: VQVAE, preprocessing: Preprocessing, classes: Callable[[Names], tuple[Tensor, Names]]
+        self,
+        loop: LoopConfig,
+        vqvae: VQVAE,
+        preprocessing: Preprocessing,
+        classes: Callable[[Names], tuple[Tensor, Names]],
     ) -> tuple[TrainingTokens, TrainingTokens | None]:
         """Token maps to train on and those held out, cached.
 
         `classes` gives, for the data's names of classes, their labels in the model and the model's names of classes.
+        Raises `ValueError` for fewer images than a batch of `loop`, before any is tokenised.
         """
         share = None if self.held_out is None else _share(self.held_out)
-        data = self._cached(self.data, "tokens", self.variants, vqvae, preprocessing, classes)
+        data = self._cached(self.data, "tokens", self.variants, vqvae, preprocessing, classes, loop)
         if self.held_out is None:
             return data, None
         if share is not None:
@@ -126,9 +131,12 @@ class Run:
         vqvae: VQVAE,
         preprocessing: Preprocessing,
         classes: Callable[[Names], tuple[Tensor, Names]],
+        loop: LoopConfig | None = None,
     ) -> TrainingTokens:
         source = images_of(data)
         labels, names = classes(source.class_names)  # first: tokens take long
+        if loop is not None:
+            check_batch(loop, len(source))
         with self.progress() as tell:
             tokens = cache_tokens(
                 source,
@@ -157,7 +165,9 @@ def images_of(text: str) -> ImageSource:
 
     A folder with a sub-folder for each class; "idx:FOLDER" with IDX files; "hf:NAME" of a Hugging Face data set or a
     saved one's folder; the name of a bundled model's data set, "fashion-mnist" or "glyphs-100:FOLDER". All but the
-    first may end in "@SPLIT" (default: train). Raises what the functions of `varlik.datasets` raise.
+    first may end in "@SPLIT" (default: train, or as `hugging_face` says).
+
+    Raises what the functions of `varlik.datasets` raise.
     """
     kind, _, rest = text.partition(":")
     place, found, split = rest.rpartition("@")
@@ -167,7 +177,7 @@ def images_of(text: str) -> ImageSource:
     if kind == "idx":
         return idx_folder(rest, split or "train")
     if kind == "hf":
-        return hugging_face(rest, split or "train")
+        return hugging_face(rest, split or None)
     name, _, plain_split = kind.partition("@")
     if name in DATA_SETS:
         split = split or plain_split or "train"
@@ -220,7 +230,7 @@ def var(run: Run, vqvae: str, like: str, config: Path | None = None) -> Trained 
             raise ValueError(f"held_out: expected classes of the data, got {', '.join(unknown)}")
         return torch.tensor([known.index(name) for name in names]), tuple(known)
 
-    data, held_out = run.tokens(autoencoder, preprocessing, classes)
+    data, held_out = run.tokens(loop, autoencoder, preprocessing, classes)
     fixed = {field: getattr(autoencoder.config, field) for field in ("patch_nums", "vocab_size", "codebook_dim")}
     fixed["num_classes"] = data.num_classes
     shape = _changed(replace(preset.var, **fixed), changes.get("var", {}), "var")
@@ -242,7 +252,10 @@ def cca(
     given = {name: value for name, value in (("beta", beta), ("weight", weight)) if value is not None}
     config = replace(PRESETS[preset].cca, **given)
     usual = PRESETS[preset].loop
-    usual = replace(usual, accumulate=_parts_of_a_process(usual, distributed.world().size))
+    if run.changes.get("accumulate") is None:
+        batch_size = run.changes.get("batch_size") or usual.batch_size
+        accumulate = _parts_of_a_process(batch_size, usual.accumulate, distributed.world().size)
+        usual = replace(usual, batch_size=batch_size, accumulate=accumulate)
     folder, loop = run.stage("cca"), run.loop(usual)
     start = _start(run, model)
     parts = (start.vqvae, start.class_names, start.preprocessing)
@@ -259,7 +272,7 @@ def cca(
             raise ValueError(f"data: two of {', '.join(names)} are one class of {start.name}")
         return torch.tensor(found), start.class_names
 
-    data, held_out = run.tokens(start.vqvae, start.preprocessing, classes)
+    data, held_out = run.tokens(loop, start.vqvae, start.preprocessing, classes)
     trained = train_cca(
         start.var, data, config, loop, folder, held_out=held_out, compiled=run.compiled, quiet=run.quiet
     )
@@ -285,7 +298,7 @@ def incremental(run: Run, model: str, what: str = "embeddings") -> Trained | Non
             raise ValueError(f"data: expected new classes only, but {start.name} knows {', '.join(both)} already")
         return torch.arange(len(names)) + len(old), (*old, *names)
 
-    data, held_out = run.tokens(start.vqvae, start.preprocessing, classes)
+    data, held_out = run.tokens(loop, start.vqvae, start.preprocessing, classes)
     trained = train_incremental(
         start.var, data, what, loop, folder, held_out=held_out, compiled=run.compiled, quiet=run.quiet
     )
@@ -294,12 +307,12 @@ def incremental(run: Run, model: str, what: str = "embeddings") -> Trained | Non
     return _finish(run, folder, lambda: extend(run.out, start, trained, new), (note,))
 
 
-def _parts_of_a_process(loop: LoopConfig, processes: int) -> int:
-    """The fewest parts of a batch, no larger than one process alone would take them, that so many processes share."""
-    for count in range(max(1, -(-loop.accumulate // processes)), loop.batch_size + 1):
-        if loop.batch_size % (processes * count) == 0:
+def _parts_of_a_process(batch_size: int, alone: int, processes: int) -> int:
+    """The fewest equal parts for each of so many processes that make as many in all as for one `alone`, or more."""
+    for count in range(max(1, -(-alone // processes)), batch_size + 1):
+        if batch_size % (processes * count) == 0:
             return count
-    raise ValueError(f"batch_size: {loop.batch_size} images cannot be shared by {processes} processes")
+    raise ValueError(f"batch_size: {batch_size} images cannot be shared by {processes} processes")
 
 
 def _start(run: Run, model: str) -> Checkpoint:

@@ -158,9 +158,9 @@ def train_cca(
 
     `folder` is as for `varlik.training.loop.train`, whose figures are joined by `log_ratio` and `negative_log_ratio`
     (means, in nats), `decided` (share of negatives less likely than the image's own class) and `nats_per_token`.
-    To resume, call again with the weights that the run started from. Engines and classifiers made of `model` before are
-    void, and say so. `compiled` runs the passes that are differentiated
-    through `torch.compile` (steps about 1.1 x faster on a CPU).
+    To resume, call again with the weights that the run started from. As weights change in place, engines made of
+    `model` before, a `VARClassifier`'s among them, are void afterwards and say so: make new ones. `compiled` runs the
+    passes that are differentiated through `torch.compile` (steps about 1.1 x faster on a CPU).
 
     Raises `TypeError` or `ValueError`, naming the argument, for a model that is none, data of another number of classes
     or another codebook, classes without an image, batches of one class only, `negatives` that are no chances of other
@@ -209,13 +209,14 @@ def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least:
     images of class y. A share `least` of the chances is spread evenly, so that every class is met. `train_cca` draws
     negatives by it: labels of other images are mostly far from an image's own, and telling those apart teaches little.
 
-    Raises `TypeError` or `ValueError`, naming the argument, for values out of range, data that are not for the model, a
-    single class and classes without images.
+    Raises `TypeError` or `ValueError`, naming the argument, for values out of range, a model that is none or knows a
+    single class, data that are not for it and classes without images.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if not 0 <= least <= 1:
         raise ValueError(f"least: expected a share between 0 and 1, got {least}")
+    check_model(model)
     check_fits("data", model.config, data, model.pos_start.device)
     count = model.config.num_classes
     if count < 2:
@@ -297,9 +298,9 @@ def _check(
     negatives: Tensor | None,
 ) -> None:
     check_model(model)
-    check_batch(loop)
     config, device = model.config, model.pos_start.device
     check_fits("data", config, data, device)
+    check_batch(loop, len(data))
     if held_out is not None:
         check_fits("held_out", config, held_out, device)
         check_looked_at(loop)

@@ -31,9 +31,9 @@ from varlik.models.var import VAR, ClassVectors
 from varlik.models.weights import digest
 from varlik.training.data import TrainingTokens, check_fits, check_model
 from varlik.training.likelihood import Score, log_likelihood, mean_log_likelihood
-from varlik.training.loop import LoopConfig, Part, check_looked_at, generator, train
+from varlik.training.loop import LoopConfig, Part, check_looked_at, train
 from varlik.training.metrics import Metrics
-from varlik.training.var import CLASS_DROPOUT
+from varlik.training.var import drop_labels
 
 Change = Literal["embeddings", "adaln", "all"]
 CHANGES: tuple[Change, ...] = get_args(Change)
@@ -221,8 +221,7 @@ def _loss_of_part(
         variant = data.variant(part.rows, loop.seed, part.step)[part.own]
         tokens, inputs, labels = data.batch(part.indices, variant)
         if what == "all":
-            dropped = torch.rand(len(part.rows), generator=generator(loop.seed, part.step)) < CLASS_DROPOUT
-            labels = labels.masked_fill(dropped[part.own].to(labels.device), null_class)
+            labels = drop_labels(labels, part, loop.seed, null_class)
         return -score(labels, tokens, inputs).mean() / length, {}
 
     return loss_of_part

@@ -67,12 +67,13 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate"):
+        at_least_1 = ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate")
+        for name in (*at_least_1, "warmup", "stop", "evaluate_every", "patience", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}: expected a whole number, got {getattr(self, name)!r}")
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("steps", "stop", "batch_size", "accumulate", "evaluate_every"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}: expected a whole number, got {getattr(self, name)}")
         for name in ("muon_rate", "warmup", "stop", "weight_decay", "evaluate_every", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -124,8 +125,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 def batch_indices(config: LoopConfig, step: int, size: int) -> Tensor:
     """Which of `size` items step `step` sees, (batch_size,): every epoch is a fresh permutation, its tail left out."""
-    if size < config.batch_size:
-        raise ValueError(f"batch_size {config.batch_size} exceeds the {size} items there are")
+    _check_size(config, size)
     per_epoch = size // config.batch_size
     epoch, position = divmod(step, per_epoch)
     order = _permutation(config.seed, epoch, size)
@@ -156,15 +156,22 @@ def build_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.O
     return [adamw, Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay)] if matrices else [adamw]
 
 
-def check_batch(config: LoopConfig) -> None:
-    """Raise `ValueError` where the processes there are cannot cut a batch into equal parts."""
-    size = distributed.world().size
-    parts = size * config.accumulate
+def check_batch(config: LoopConfig, size: int | None = None) -> None:
+    """Raise `ValueError` where processes cannot cut a batch into equal parts, or it is larger than `size` items."""
+    processes = distributed.world().size
+    parts = processes * config.accumulate
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size: expected a multiple of {parts} ({size} processes, {config.accumulate} parts in each), "
+            f"batch_size: expected a multiple of {parts} ({processes} processes, {config.accumulate} parts in each), "
             f"got {config.batch_size}"
         )
+    if size is not None:
+        _check_size(config, size)
+
+
+def _check_size(config: LoopConfig, size: int) -> None:
+    if size < config.batch_size:
+        raise ValueError(f"batch_size {config.batch_size} exceeds the {size} items there are")
 
 
 def check_looked_at(config: LoopConfig) -> None:
@@ -203,11 +210,11 @@ def train(
     there. Started by torchrun, process 0 writes and all must see the folder.
 
     Raises `ValueError` if that checkpoint belongs to another configuration, if the batch cannot be cut into equal parts
-    or if `config` asks for validation and there is none; `FloatingPointError` if the loss, its gradient or a score is
-    not finite, a gradient in float16 only where a smaller scale does not help.
+    or is larger than `size`, or if `config` asks for validation and there is none; `FloatingPointError` if the loss,
+    its gradient or a score is not finite, a gradient in float16 only where a smaller scale does not help.
     """
     world = distributed.world()
-    check_batch(config)
+    check_batch(config, size)
     if config.evaluate_every and validate is None:
         raise ValueError(f"evaluate_every: {config.evaluate_every}, but this training has nothing to validate with")
     folder = Path(folder)

@@ -33,6 +33,12 @@ def feature_maps(vqvae: VQVAE, pixels: Tensor, batch_size: int = 500) -> Tensor:
     return torch.cat([vqvae.encode(batch.to(device)).to(pixels.device) for batch in pixels.split(batch_size)])
 
 
+def drop_labels(labels: Tensor, part: Part, seed: int, null_class: int) -> Tensor:
+    """`labels` of a part's own rows, a tenth of the whole batch's made the null class."""
+    dropped = torch.rand(len(part.rows), generator=generator(seed, part.step)) < CLASS_DROPOUT
+    return labels.masked_fill(dropped[part.own].to(labels.device), null_class)
+
+
 def train_var(
     data: TrainingTokens,
     config: VARConfig,
@@ -70,9 +76,7 @@ def train_var(
     def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
         variant = data.variant(part.rows, loop.seed, part.step)
         tokens, inputs, labels = data.batch(part.indices, variant[part.own])
-        dropped = torch.rand(len(part.rows), generator=generator(loop.seed, part.step)) < CLASS_DROPOUT
-        targets = labels.masked_fill(dropped[part.own].to(labels.device), config.null_class)
-        return run(targets, tokens, inputs), {}
+        return run(drop_labels(labels, part, loop.seed, config.null_class), tokens, inputs), {}
 
     def score(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
         return log_likelihood(model, model.class_vectors(labels), tokens, inputs)
@@ -159,6 +163,10 @@ def contrast_var(
         return {}
 
     settings |= {"weight": weight, "temperature": temperature, "data": data.fingerprint()}
-    train(model, loss_of_part, loop, folder, len(data), record_mistakes, settings=settings, quiet=quiet)
-    del model.confusion
-    return model.eval()
+    try:
+        train(model, loss_of_part, loop, folder, len(data), record_mistakes, settings=settings, quiet=quiet)
+    finally:
+        # A run that is refused leaves the model as it came: with the record it would be another start.
+        del model.confusion
+        model.eval()
+    return model

@@ -40,8 +40,12 @@ def train_vqvae(
     The loss is the mean squared error of the reconstruction plus the quantisation loss. Codes that are hardly used move
     onto random residuals of the current batch until `restarts_until` of the steps are done; then the codebook settles.
     `device` defaults to `distributed.own_device()`; the pixels may lie elsewhere. Quantisation stays in float32,
-    whatever `loop.precision`. `folder`: see `loop.train`, whose errors are raised too.
+    whatever `loop.precision`. `folder`: see `loop.train`.
+
+    Raises `TypeError` for pixels that are whole numbers, and as `loop.train`.
     """
+    if isinstance(pixels, Tensor) and not pixels.is_floating_point():
+        raise TypeError(f"pixels: expected floating-point numbers in [-1, 1], got {pixels.dtype}")
     torch.manual_seed(loop.seed)
     device = distributed.own_device(device)
     model = VQVAE(config)
