@@ -150,7 +150,7 @@ def sweep(scored: Scored, images: int) -> list[dict[str, Any]]:
         rows: dict[str, Any] = {"sigma": sigma, "changed": changed(scored, sigma, images)}
         for count in SAMPLE_COUNTS:
             for rule in ("mean", "log-mean-exp"):
-                averaged = Smoothing(sigma, aggregate=rule).combine(samples[..., :count])  # type: ignore[arg-type]
+                averaged = Smoothing(sigma, aggregate=rule).combine(samples[..., :count])
                 rows[f"{rule} {count}"] = top1(best.gather(1, averaged.argmax(1, keepdim=True))[:, 0], scored.labels)
         found.append(rows)
     return found

@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fontTools.ttLib import TTFont
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--fonts", type=Path, nargs="+", default=[Path("/usr/share")], help="folders with fonts")
     options = parser.parse_args()
     faces = distinct(apart(list(usable(options.fonts))))
-    arrays: dict[str, np.ndarray] = {"class_names": np.array(list(CHARACTERS))}
+    arrays: dict[str, Any] = {"class_names": np.array(list(CHARACTERS))}
     for split, most in FACES.items():
         chosen = spread([face for face in faces if split_of(face.family) == split], most)
         again = chosen[::2] if split == "train" else []
@@ -181,12 +182,14 @@ def changed(face: Face, seed: int) -> np.ndarray:
     """The face's characters, each with a size, place, slant and weight a little off."""
     random = np.random.default_rng(seed)
     out = np.empty_like(face.glyphs)
-    sizes = {}
+    sizes: dict[int, np.ndarray | None] = {}
     for i in range(len(CHARACTERS)):
         em = int(random.integers(19, 24))
         if em not in sizes:
             sizes[em] = rendered(face.path, em)
-        base = sizes[em] if sizes[em] is not None else face.glyphs
+        base = sizes[em]
+        if base is None:
+            base = face.glyphs
         slant, turn = random.normal(0, 0.06), random.normal(0, 0.04)
         x, y = random.uniform(-1, 1, 2)
         # From a place in the picture to the place that is shown there; upright lines stay on the baseline.

@@ -15,6 +15,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def main() -> None:
     for named in options.models:
         name, _, place = named.partition("=")
         classifier = varlik.load(place or name, device="cpu")
-        ways[name] = lambda data, classifier=classifier: answers(classifier, data, options.work / "scores")
+        ways[name] = partial(answers, classifier, folder=options.work / "scores")
         parameters[name] = scoring_parameters(classifier.var, classifier.vqvae)
     labels = torch.from_numpy(test.labels)
     kinds = {
