@@ -282,8 +282,9 @@ def test_classes_that_are_not_independent_cannot_be_protected_by_folding(data, t
     assert not list(tmp_path.iterdir())
 
 
-def test_classes_that_grow_dependent_end_a_run_before_its_checkpoint(data, tmp_path, monkeypatch):
-    model, config = make_model(), loop(20, checkpoint_every=4, log_every=1)
+@pytest.mark.parametrize("changes", [{"checkpoint_every": 4}, {"stop": 4}, {"steps": 4}])
+def test_classes_that_grow_dependent_end_a_run_before_its_checkpoint(data, tmp_path, monkeypatch, changes):
+    model, config = make_model(), replace(loop(20, checkpoint_every=50, log_every=1), **changes)
     real = incremental.log_likelihood
 
     def draw_together(var, *args):

@@ -8,14 +8,18 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from training_case import VAR, VQ, loop, pictures, records, run_stopping, run_var, tokens
 
+from varlik.datasets import LabelledImages
+from varlik.models.config import Preprocessing
 from varlik.training.data import TrainingTokens
-from varlik.training.likelihood import log_likelihood
+from varlik.training.likelihood import log_likelihood, mean_log_likelihood, score_of
 from varlik.training.loop import Part, batch_indices, build_optimizers, learning_rate, train
+from varlik.training.pixels import Pixels
 from varlik.training.var import contrast_var, feature_maps, train_var
 from varlik.training.vqvae import FEATURE_STD, rescale_features, residual_cells, train_vqvae
 
@@ -101,6 +105,12 @@ def test_var_learns_the_class(data, tmp_path):
     assert (scores_of(var, data).argmax(1) == data.labels).double().mean() > 0.95
     losses = [record["loss"] for record in records(tmp_path)]
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_short_run_does_not_keep_where_it_came_from(data, tmp_path):
+    plain, averaged = (train_var(data, VAR, loop(60, average=a), tmp_path / str(a), quiet=True) for a in (0, 0.999))
+    nats = [mean_log_likelihood(score_of(var), data) for var in (plain, averaged)]
+    assert nats[1] == pytest.approx(nats[0], rel=0.05)
 
 
 def test_contrast_widens_margins_and_keeps_a_likelihood(data, tmp_path):
@@ -210,10 +220,16 @@ def test_killed_before_its_first_checkpoint_a_run_starts_anew(tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     data = tokens()
     train_var(data, VAR, loop(10), tmp_path, quiet=True)
-    with pytest.raises(ValueError, match="another learning_rate"):
+    with pytest.raises(ValueError, match=r"another learning_rate \(0.005, now 1.0\): go on with the same"):
         train_var(data, VAR, loop(10, learning_rate=1.0), tmp_path, quiet=True)
     with pytest.raises(ValueError, match="another depth"):
         train_var(data, replace(VAR, depth=2), loop(10), tmp_path, quiet=True)
+    for held_out in (None, data.of_rows(torch.arange(8))):
+        config = loop(4, evaluate_every=2 if held_out else 0)
+        train_var(data, VAR, config, tmp_path / f"held {bool(held_out)}", quiet=True, held_out=held_out)
+    other = data.of_rows(torch.arange(8, 16))
+    with pytest.raises(ValueError, match="another held_out:"):
+        train_var(data, VAR, config, tmp_path / "held True", quiet=True, held_out=other)
     with pytest.raises(ValueError, match="another size"):
         train_var(data.of_rows(torch.arange(40)), VAR, loop(10), tmp_path, quiet=True)
     for other in (replace(data, labels=1 - data.labels), data.of_rows(torch.arange(64).flip(0))):
@@ -221,6 +237,41 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
             train_var(other, VAR, loop(10), tmp_path, quiet=True)
     train_var(data.of_rows(torch.arange(64)), VAR, loop(10), tmp_path, quiet=True)  # all of them
     train_var(data, VAR, loop(10, log_every=3, checkpoint_every=7, accumulate=2), tmp_path, quiet=True)
+
+
+def test_a_vqvae_goes_on_with_the_same_pixels_only(tmp_path):
+    pixels = pictures()[0]
+    train_vqvae(pixels, VQ, loop(4), tmp_path / "tensor", quiet=True)
+    with pytest.raises(ValueError, match="another data:"):
+        train_vqvae(-pixels, VQ, loop(4), tmp_path / "tensor", quiet=True)
+    images = (127.5 * (pixels + 1)).permute(0, 2, 3, 1).byte().numpy()
+    source = LabelledImages(images[..., 0], np.zeros(len(images), np.int64), ("a",))
+    side = pixels.shape[-1]
+    whole, cut = (Pixels(source, Preprocessing(r, side, channels=1)) for r in (side, side + 2))
+    train_vqvae(whole, VQ, loop(4), tmp_path / "source", quiet=True)
+    with pytest.raises(ValueError, match="another data:"):
+        train_vqvae(cut, VQ, loop(4), tmp_path / "source", quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "zeros", "text", "foreign", "list"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    train_var(tokens(), VAR, loop(2), tmp_path, quiet=True)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    if damage in ("foreign", "list"):
+        torch.save({"a": 1} if damage == "foreign" else [1], path)
+    else:
+        half = len(whole) // 2
+        path.write_bytes(
+            {"empty": b"", "short": whole[:half], "zeros": whole[:half] + bytes(half), "text": b"some text"}[damage]
+        )
+    with pytest.raises(ValueError, match=r"checkpoint.pt is no checkpoint of a training, or damaged: remove it"):
+        train_var(tokens(), VAR, loop(2), tmp_path, quiet=True)
+
+
+def test_classes_without_images_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match=r"data: expected images of every class, got none of '.*'$"):
+        train_var(data.of_rows((data.labels == 1).nonzero()[:, 0]), VAR, loop(4, batch_size=8), tmp_path)
 
 
 def test_patience_ends_a_run_and_the_best_weights_stay(tmp_path):
@@ -252,7 +303,8 @@ def test_validation_sees_averaged_weights_and_leaves_the_others_alone(tmp_path):
     )  # fmt: skip
     averages = [0.0]
     for value in course[1:]:
-        averages.append(0.75 * averages[-1] + 0.25 * value)
+        decay = min(0.75, len(averages) / (9 + len(averages)))
+        averages.append(decay * averages[-1] + (1 - decay) * value)
     assert seen == pytest.approx([averages[2], averages[4], averages[6]], rel=1e-6)
     assert model.weight.item() == pytest.approx(averages[2], rel=1e-6)  # its score was the best
 
@@ -417,6 +469,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         ({"stop": 2.5}, "stop: expected a whole number, got 2.5"),
         ({"checkpoint_every": 2.5}, "checkpoint_every: expected a whole number, got 2.5"),
         ({"seed": "3"}, "seed: expected a whole number, got '3'"),
+        ({"seed": 2**62}, "seed: expected at most"),
+        ({"learning_rate": "a"}, "learning_rate: expected a number, got 'a'"),
         ({"batch_size": 8.0}, "batch_size: expected a whole number, got 8.0"),
         ({"patience": 2}, "patience: 2 needs evaluate_every"),
         ({"patience": -1}, "patience: expected 0 or more, got -1"),

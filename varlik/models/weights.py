@@ -246,8 +246,13 @@ def some(names: Sequence[str]) -> str:
 
 def digest(module: nn.Module) -> str:
     """32 hexadecimal digits that stand for the names, shapes and values of a module's weights."""
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The same of tensors by name."""
     found = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         plain = value.detach().cpu().contiguous()
         found.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         found.update(plain.view(-1).view(torch.uint8).numpy().data)

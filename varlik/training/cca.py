@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from torch import Tensor
 from varlik.models.var import VAR
 from varlik.models.weights import digest
 from varlik.scoring.engine import Engine
+from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.scoring.score_table import SHARD, score_table
-from varlik.training.data import TrainingTokens, check_fits, check_model
-from varlik.training.likelihood import log_likelihood
+from varlik.training import distributed
+from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model
+from varlik.training.likelihood import score_of
 from varlik.training.loop import LoopConfig, Part, batch_indices, check_batch, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
 from varlik.training.reference_scores import TABLE_BYTES, Reference
+
+MOST_IN_FULL, FINALISTS = 40, 10  # classes that held-out images are scored under
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,8 @@ def train_cca(
     drawn from the row of its class, whose numbers are chances but for a factor: see `confusion`. `reference` (default:
     the model as it comes) is left alone; its scores are kept in a table of at most `table_bytes`, to be used again in
     later epochs. With a `config.null_rate` of 0 the loss is not normalised, as in the authors' code; unlike there, a
-    neighbour of the same class is no negative then either. With `held_out`, top-1 accuracy there by full likelihood,
-    found at the start and every `loop.evaluate_every` steps, decides which weights are kept and when to stop early.
+    neighbour of the same class is no negative then either. With `held_out`, top-1 `accuracy` there, found at the start
+    and every `loop.evaluate_every` steps, decides which weights are kept and when to stop early.
 
     `folder` is as for `varlik.training.loop.train`, whose figures are joined by `log_ratio` and `negative_log_ratio`
     (means, in nats), `decided` (share of negatives less likely than the image's own class) and `nats_per_token`.
@@ -176,12 +180,13 @@ def train_cca(
         "model": digest(model),
         "reference": digest(reference),
         "data": data.fingerprint(),
+        "held_out": held_out and held_out.fingerprint(),
     }
     if negatives is not None:
         settings["negatives"] = negatives = negatives.detach().cpu()
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     loss_of_part = _loss_of_part(model, data, config, loop, scores, negatives, compiled=compiled)
-    validate = None if held_out is None else lambda _: accuracy(model, held_out)
+    validate = None if held_out is None else lambda _: _shared_accuracy(model, held_out)
     model.train().requires_grad_(True)
     try:
         train(
@@ -197,9 +202,34 @@ def train_cca(
 
 
 def accuracy(model: VAR, data: TrainingTokens) -> float:
-    """Share of the plain images whose own class has the highest likelihood under `model` as it is now."""
-    right = sum(int((scores.argmax(1) == data.labels[rows]).sum()) for rows, scores in _full_scores(model, data))
-    return right / len(data)
+    """Share of the plain images whose own class has the highest likelihood under `model` as it is now.
+
+    Of more than 40 classes, the ten of an image that first-order estimates put in front are scored in full, as scoring
+    all of them would take longer than training.
+    """
+    return _count_right(model, data, torch.arange(len(data))) / len(data)
+
+
+def _count_right(model: VAR, data: TrainingTokens, rows: Tensor) -> int:
+    """How many of the images `rows` (b,) are classified as they are labelled."""
+    engine, right = Engine(model), 0
+    classes = torch.arange(model.config.num_classes, device=model.pos_start.device)
+    for part in rows.split(SHARD):
+        images, candidates = data.token_maps(part), classes.expand(len(part), -1)
+        if len(classes) > MOST_IN_FULL:
+            estimates = first_order_log_likelihood(engine, images, classes, classes)
+            candidates = estimates.topk(FINALISTS, dim=1).indices
+        best = score_table(engine, images, candidates).sum(2).argmax(1, keepdim=True)
+        right += int((candidates.gather(1, best)[:, 0].cpu() == data.labels[part]).sum())
+    return right
+
+
+def _shared_accuracy(model: VAR, data: TrainingTokens) -> float:
+    """`accuracy`, of which every process finds a part: all must call it."""
+    world = distributed.world()
+    right = torch.tensor(_count_right(model, data, torch.arange(world.rank, len(data), world.size)))
+    distributed.sum_(right)
+    return right.item() / len(data)
 
 
 def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least: float = 0.1) -> Tensor:
@@ -221,9 +251,11 @@ def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least:
     count = model.config.num_classes
     if count < 2:
         raise ValueError(f"model: expected two classes or more, got {count}")
-    _check_every_class(data)
+    check_every_class(data)
     total = torch.zeros(count, count, dtype=torch.float64)
-    for rows, scores in _full_scores(model, data):
+    engine, classes = Engine(model), torch.arange(count, device=model.pos_start.device)
+    for rows in torch.arange(len(data)).split(SHARD):
+        scores = score_table(engine, data.token_maps(rows), classes).sum(2).cpu()
         total.index_add_(0, data.labels[rows], (scores.double() / temperature).softmax(1))
     total.fill_diagonal_(0.0)
     sums = total.sum(1, keepdim=True)
@@ -231,14 +263,6 @@ def confusion(model: VAR, data: TrainingTokens, temperature: float = 5.0, least:
     # Where no class is ever mistaken for another, even chances are as good as any.
     chances = torch.where(sums > 0, total / sums, even)
     return (1 - least) * chances + least * even
-
-
-def _full_scores(model: VAR, data: TrainingTokens) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (b,) of plain images and their log-likelihoods (b, N) under `model` as it is now, on the CPU."""
-    engine = Engine(model)
-    classes = torch.arange(model.config.num_classes, device=model.pos_start.device)
-    for rows in torch.arange(len(data)).split(SHARD):
-        yield rows, score_table(engine, data.token_maps(rows), classes).sum(2).cpu()
 
 
 def _loss_of_part(
@@ -253,10 +277,7 @@ def _loss_of_part(
 ) -> Callable[[Part], tuple[Tensor, Metrics]]:
     null, device = model.config.null_class, model.pos_start.device
 
-    def score(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
-        return log_likelihood(model, model.class_vectors(labels), tokens, inputs)
-
-    score = torch.compile(score) if compiled else score
+    score = score_of(model, compiled)
 
     def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
         labels, random = data.labels[part.rows], generator(loop.seed, part.step)
@@ -300,6 +321,8 @@ def _check(
     check_model(model)
     config, device = model.config, model.pos_start.device
     check_fits("data", config, data, device)
+    if config.num_classes < 2:
+        raise ValueError(f"model: expected two classes or more, got {config.num_classes}")
     check_batch(loop, len(data))
     if held_out is not None:
         check_fits("held_out", config, held_out, device)
@@ -312,7 +335,7 @@ def _check(
             raise ValueError(f"reference: expected the model's {told}")
         if reference.pos_start.device != device:
             raise ValueError(f"reference: expected it on {device}, as the model, got {reference.pos_start.device}")
-    _check_every_class(data)
+    check_every_class(data)
     if negatives is not None:
         _check_negatives(negatives, data.num_classes)
         return
@@ -323,12 +346,6 @@ def _check(
                 f"loop: expected batches of two classes or more, as negatives are labels of others, got only class "
                 f"{labels[0].item()} at step {step}: take a larger batch_size or another seed"
             )
-
-
-def _check_every_class(data: TrainingTokens) -> None:
-    empty = (data.labels.bincount(minlength=data.num_classes) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"data: expected images of every class, got none of {len(empty)} classes, such as {empty[:5]}")
 
 
 def _check_negatives(negatives: Tensor, count: int) -> None:

@@ -129,7 +129,8 @@ class TrainingTokens:
             rows = order[self.labels[order] == label]
             count = max(1, round(share * len(rows)))
             if count == len(rows):
-                raise ValueError(f"share: holding out {share} leaves no image of class {label} to train on")
+                name = self.class_names[label]
+                raise ValueError(f"share: holding out {share} leaves no image of class {name!r} to train on")
             held_out[rows[:count]] = True
         return self.of_rows((~held_out).nonzero().flatten()), self.of_rows(held_out.nonzero().flatten())
 
@@ -209,6 +210,15 @@ def check_fits(name: str, config: VARConfig, data: TrainingTokens, device: torch
             raise ValueError(f"{name}: expected the model's {field} {getattr(config, field)}, got {value}")
     if codebook.weight.device != device:
         raise ValueError(f"{name}: expected its quantizer on {device}, as the model, got {codebook.weight.device}")
+
+
+def check_every_class(data: TrainingTokens) -> None:
+    """Raise `ValueError` unless `data` hold an image of each class that they name."""
+    counts = data.labels.bincount(minlength=data.num_classes).tolist()
+    empty = [name for name, count in zip(data.class_names, counts, strict=True) if not count]
+    if empty:
+        such = ", ".join(map(repr, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise ValueError(f"data: expected images of every class, got none of {such}")
 
 
 def token_type(vocab_size: int) -> type[np.integer]:

@@ -153,13 +153,18 @@ def train_incremental(
         "model": digest(model),
         "class_names": list(data.class_names),
         "data": data.fingerprint(),
+        "held_out": held_out and held_out.fingerprint(),
     }
     loss = _loss_of_part(data, loop, torch.compile(score) if compiled else score, grown.config.null_class, what)
     validate = None if held_out is None else lambda _: mean_log_likelihood(score, held_out)
 
     def check_foldable(step: int) -> Metrics:
         """Before a checkpoint, so that a run does not come to its end in vain."""
-        if classes and classes.offsets and (step + 1) % loop.checkpoint_every == 0:
+        done = step + 1
+        kept = done in (loop.stop, loop.steps) or any(
+            every and done % every == 0 for every in (loop.checkpoint_every, loop.evaluate_every)
+        )
+        if classes and classes.offsets and kept:
             _check_independent(classes.weight)
         return {}
 

@@ -32,6 +32,15 @@ def log_likelihood(model: VAR, vectors: ClassVectors, tokens: Tensor, inputs: Te
     return log_prob.view(tokens.shape).double().sum(1)
 
 
+def score_of(model: VAR, compiled: bool = False) -> Score:
+    """`log_likelihood` of labels under `model` as it is when called, through `torch.compile` where `compiled`."""
+
+    def score(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
+        return log_likelihood(model, model.class_vectors(labels), tokens, inputs)
+
+    return torch.compile(score) if compiled else score
+
+
 @torch.no_grad()
 def mean_log_likelihood(score: Score, data: TrainingTokens) -> float:
     """Of the plain images under their own classes, per image, in nats."""

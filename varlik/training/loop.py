@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -28,6 +29,11 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 
 # How a run is carried out is no part of what is computed, so it may change when a run is resumed.
 _FREE = {"checkpoint_every", "log_every", "accumulate", "tensorboard"}
+# What a checkpoint holds.
+_SAVED = {"step", "seconds", "config", "settings", "model", "averaged", "best", "scaler", "optimizers"}
+
+
+_LARGEST_SEED = 2**40  # `generator` makes 63 bits of it and a step
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class LoopConfig:
     falls to zero along a cosine.
     `stop` ends the run early, before the rate has fallen, for another stage to go on from (0: run all steps).
     `muon_rate` is the peak rate of Muon on the matrices of transformer blocks (0: AdamW takes them like all others).
-    `checkpoint_every` and `log_every` are in steps; `average` is the decay of the weights' moving average (0: none).
+    `checkpoint_every` and `log_every` are in steps; `average` is the decay of the weights' moving average (0: none),
+    which starts lower, at most (1 + step) / (10 + step), so that a short run forgets where it came from too.
     `accumulate` is the number of parts in which a process takes its share of a batch, one after the other.
     `precision` is that of matrix products; weights, sums and normalisation stay in float32.
     Every `evaluate_every` steps the model is validated (0: never), and after `patience` validations without improvement
@@ -74,6 +81,11 @@ class LoopConfig:
         for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if abs(self.seed) > _LARGEST_SEED:
+            raise ValueError(f"seed: expected at most {_LARGEST_SEED}, got {self.seed}")
+        for name in ("learning_rate", "muon_rate", "hold", "weight_decay", "clip", "average"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
         for name in ("muon_rate", "warmup", "stop", "weight_decay", "evaluate_every", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -209,9 +221,11 @@ def train(
     `folder` receives `checkpoint.pt`, written atomically, and `metrics.jsonl`; a run resumes from a checkpoint found
     there. Started by torchrun, process 0 writes and all must see the folder.
 
-    Raises `ValueError` if that checkpoint belongs to another configuration, if the batch cannot be cut into equal parts
-    or is larger than `size`, or if `config` asks for validation and there is none; `FloatingPointError` if the loss,
-    its gradient or a score is not finite, a gradient in float16 only where a smaller scale does not help.
+    Raises `ValueError` if that checkpoint is damaged or belongs to another configuration, if the batch cannot be cut
+    into equal parts or is larger than `size`, or if `config` asks for validation and there is none;
+    `FloatingPointError` if the loss, its gradient or a score is not finite, a gradient in float16 only where a smaller
+    scale does not help; `RuntimeError` if processes find different checkpoints; `ImportError` for `tensorboard` where
+    it is not installed.
     """
     world = distributed.world()
     check_batch(config, size)
@@ -321,9 +335,8 @@ class _Run:
     def _update_average(self) -> None:
         if self.averaged:
             current = self.model.state_dict()
-            torch._foreach_lerp_(
-                list(self.averaged.values()), [current[name] for name in self.averaged], 1 - self.config.average
-            )
+            decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.averaged.values()), [current[name] for name in self.averaged], 1 - decay)
 
     @property
     def gave_up(self) -> bool:
@@ -381,17 +394,17 @@ class _Run:
     def resume(self, path: Path) -> None:
         """Take over a checkpoint, if there is one, onto the model's device."""
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read(path)
             mine = {k: v for k, v in asdict(self.config).items() if k not in _FREE} | self.settings
-            theirs = {k: v for k, v in state["config"].items() if k not in _FREE} | state.get("settings", {})
+            theirs = {k: v for k, v in state["config"].items() if k not in _FREE} | state["settings"]
             differing = [
-                name
+                _told(name, theirs.get(name), mine.get(name))
                 for name in dict.fromkeys((*mine, *theirs))
                 if name not in mine or name not in theirs or not _same(mine[name], theirs[name])
             ]
             if differing:
                 raise ValueError(
-                    f"{path} was written with another {', '.join(differing)}: remove it or use another folder"
+                    f"{path} was written with another {', '.join(differing)}: go on with the same, or in another folder"
                 )
             self.model.load_state_dict(state["model"])
             for name, tensor in state["averaged"].items():
@@ -404,6 +417,26 @@ class _Run:
         distributed.broadcast_([first])
         if first != self.step:
             raise RuntimeError(f"{path}: process 0 found step {first}, this one {self.step}: do they see one folder?")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `_Run.save` wrote. Raises `ValueError` for a file that is something else, or damaged."""
+    refusal = f"{path} is no checkpoint of a training, or damaged: remove it to start again"
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        # A damaged archive shows in many ways, as whatever the unpickler or the zip reader trip over.
+        except (RuntimeError, ValueError, LookupError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(refusal) from error
+    if not isinstance(state, dict) or not state.keys() >= _SAVED:
+        raise ValueError(refusal)
+    return state
+
+
+def _told(name: str, theirs: Any, mine: Any) -> str:
+    """A differing setting's name and, where they say something, its values."""
+    plain = all(isinstance(value, (int, float)) for value in (theirs, mine))
+    return f"{name} ({theirs}, now {mine})" if plain else name
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -92,6 +92,10 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.source)
 
+    def fingerprint(self) -> str:
+        """Stands for the source's images and how they are prepared."""
+        return f"{self.source.fingerprint()} {self.preprocessing}"
+
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """(b, C, S, S) float32 on the CPU."""
         wanted: Iterable[int] = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +34,8 @@ class Reference:
         self._device, self._variants = device, data.variants
         classes = model.config.num_classes + 1
         pairs = min(len(data) * data.variants, table_bytes // (4 * classes)) if revisits else 0
-        # Zero stands for "not scored yet"; memory that is never written costs nothing.
-        self._table = torch.zeros(pairs, classes, dtype=torch.float32)
+        # Zero stands for "not scored yet". NumPy's zeros, unlike torch's, take no memory before they are written.
+        self._table = torch.from_numpy(np.zeros((pairs, classes), np.float32))
 
     def __call__(self, images: TokenMaps, rows: Tensor, variant: Tensor, labels: Tensor) -> Tensor:
         """log p(image | label), (b, 2) float32 on the CPU, of `labels` (b, 2).

@@ -16,8 +16,8 @@ from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import digest
 from varlik.training import distributed
-from varlik.training.data import TrainingTokens, check_fits, check_model
-from varlik.training.likelihood import log_likelihood, mean_log_likelihood
+from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model
+from varlik.training.likelihood import mean_log_likelihood, score_of
 from varlik.training.loop import LoopConfig, Part, batch_indices, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
 
@@ -55,10 +55,11 @@ def train_var(
     `loop.evaluate_every` steps, decides which weights are kept and when to stop early. `folder`: see `loop.train`.
 
     Raises `TypeError` or `ValueError`, naming the argument, for data of other token maps or another number of classes
-    than `config`, and held-out images that are never looked at; and as `loop.train`.
+    than `config`, classes without an image and held-out images that are never looked at; and as `loop.train`.
     """
     device = data.quantizer.embedding.weight.device
     check_fits("data", config, data, device)
+    check_every_class(data)
     if held_out is not None:
         check_fits("held_out", config, held_out, device)
         check_looked_at(loop)
@@ -67,22 +68,16 @@ def train_var(
     model.reset_parameters()
     model.to(device)
 
-    def cross_entropy(targets: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
-        logits = model(model.class_vectors(targets), inputs)
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-    run = torch.compile(cross_entropy) if compiled else cross_entropy
+    score = score_of(model, compiled)
 
     def loss_of_part(part: Part) -> tuple[Tensor, Metrics]:
         variant = data.variant(part.rows, loop.seed, part.step)
         tokens, inputs, labels = data.batch(part.indices, variant[part.own])
-        return run(drop_labels(labels, part, loop.seed, config.null_class), tokens, inputs), {}
+        labels = drop_labels(labels, part, loop.seed, config.null_class)
+        return -score(labels, tokens, inputs).mean() / config.num_tokens, {}
 
-    def score(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
-        return log_likelihood(model, model.class_vectors(labels), tokens, inputs)
-
-    validate = None if held_out is None else lambda _: mean_log_likelihood(score, held_out)
-    settings = asdict(config) | {"data": data.fingerprint()}
+    validate = None if held_out is None else lambda _: mean_log_likelihood(score_of(model), held_out)
+    settings = asdict(config) | {"data": data.fingerprint(), "held_out": held_out and held_out.fingerprint()}
     return train(model, loss_of_part, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet).eval()
 
 
@@ -120,11 +115,7 @@ def contrast_var(
     model.register_buffer("confusion", 0.5 * (1 - torch.eye(config.num_classes)))
     mistaken = torch.zeros(loop.batch_size)  # of this step, how likely each wrong class was to be chosen
 
-    def losses(targets: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
-        logits = model(model.class_vectors(targets), inputs)
-        return F.cross_entropy(logits.mT, tokens, reduction="none")
-
-    run = torch.compile(losses) if compiled else losses
+    score = score_of(model, compiled)
 
     def draw(rows: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """True class, wrong class and whether the label is dropped, of a whole batch."""
@@ -140,18 +131,18 @@ def contrast_var(
         variant = data.variant(part.rows, loop.seed, part.step)
         tokens, inputs, labels = data.batch(part.indices, variant[part.own])
         targets = torch.cat((truth.masked_fill(dropped, config.null_class)[part.own], wrong[part.own]))
-        per_token = run(targets.to(labels.device), tokens.repeat(2, 1), inputs.repeat(2, 1, 1))
-        right, other = per_token.chunk(2)
-        margin = ((other.sum(1) - right.sum(1)) / temperature)[kept.to(labels.device)]
+        scores = score(targets.to(labels.device), tokens.repeat(2, 1), inputs.repeat(2, 1, 1))
+        right, other = scores.chunk(2)
+        margin = ((right - other) / temperature)[kept.to(labels.device)]
         # Parts keep unequal numbers of labels; over all parts these means are those of the whole batch.
         share = len(part.rows) / (len(kept) * max(1, (~dropped).sum().item()))
         contrast = F.softplus(-margin).sum() * share
         mistaken[part.own] = mistaken.new_zeros(len(kept)).masked_scatter(
             kept, (-margin).detach().sigmoid().to(mistaken)
         )
-        likelihood = right.mean()
-        metrics = {"nats_per_token": likelihood.item(), "contrast": contrast.item()}
-        return likelihood + weight * contrast, metrics | {"decided": (margin > 0).sum().item() * share}
+        loss = -right.mean() / config.num_tokens
+        metrics = {"nats_per_token": loss.item(), "contrast": contrast.item()}
+        return loss + weight * contrast, metrics | {"decided": (margin > 0).sum().item() * share}
 
     def record_mistakes(step: int) -> Metrics:
         rows = batch_indices(loop, step, len(data))

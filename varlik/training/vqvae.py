@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varlik.models.config import VQVAEConfig
 from varlik.models.vqvae import VQVAE
+from varlik.models.weights import tensors_digest
 from varlik.tokens import ENCODE_BATCH
 from varlik.training import distributed
 from varlik.training.loop import LoopConfig, Part, batch_indices, generator, train
@@ -89,8 +90,7 @@ def train_vqvae(
         return {"restarted": float(len(dead))}
 
     settings = asdict(config) | {"restarts_until": restarts_until}
-    if isinstance(pixels, Pixels):
-        settings["data"] = pixels.source.fingerprint()
+    settings["data"] = pixels.fingerprint() if isinstance(pixels, Pixels) else tensors_digest({"pixels": pixels})
     train(model, loss_of_part, loop, folder, len(pixels), look_after_codes, settings=settings, quiet=quiet)
     del model.code_use
     rescale_features(model, pixels, seed=loop.seed)
