@@ -15,7 +15,6 @@ What is done is kept in `--work`: a killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from examples import cwr
 from examples.recipe import pixels_of, scoring_parameters
+from examples.report import add_out, write
 from examples.train_fashion_mnist import PREPROCESSING, VQVAE_CONFIG
 from varlik import flops
 from varlik.cascade import VARC
@@ -48,7 +48,6 @@ from varlik.training.token_cache import cache_tokens
 from varlik.training.var import train_var
 from varlik.training.vqvae import train_vqvae
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FIRST, CLASSES = 5, 10
 TASKS = (range(FIRST), range(FIRST, CLASSES))
 CHECKED, SAME = 100, 1e-4  # images on which old classes are scored again, and what is taken for rounding
@@ -238,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, metrics, tokens and scores")
     parser.add_argument("--data", type=Path, help="folder with the data set's files")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
+    add_out(parser)
     parser.add_argument("--only", choices=["first-task", "baselines"], help="stop after that, write no results")
     parser.add_argument("--vqvae-steps", type=int, default=800)
     parser.add_argument("--var-steps", type=int, default=2_000)
@@ -264,12 +263,7 @@ def main() -> None:
         **{name: getattr(options, name) for name in ("vqvae_steps", "var_steps", "steps", "baseline_steps")},
         "rows": [asdict(row) for row in rows],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "class-incremental"
-    text = as_markdown(report, rows)
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    write(options.out, "class-incremental", report, as_markdown(report, rows))
 
 
 if __name__ == "__main__":

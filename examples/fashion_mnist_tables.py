@@ -11,7 +11,6 @@ Smoothing averages samples of the four classes that are best without it. Writes
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 import varlik
+from examples.report import add_models, add_out, loaded, write
 from varlik.datasets import fashion_mnist
 from varlik.evaluation.machine import machine
 from varlik.images import load_many
@@ -29,7 +29,6 @@ from varlik.scoring.score_table import score_table
 from varlik.smoothing import Smoothing, perturb
 from varlik.tokens import TokenMaps
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 BEST = 4  # classes that smoothing looks at
 SAMPLES = 10
 SAMPLE_COUNTS = (1, 2, 4, 10, 20)
@@ -74,10 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for finished scores")
     parser.add_argument("--data", type=Path, help="folder with the IDX files")
-    parser.add_argument("--models", nargs="+", default=["fashion-mnist"], metavar="NAME[=FOLDER]")
+    add_models(parser)
     parser.add_argument("--images", type=int, default=10_000, help="test images for clean scores")
     parser.add_argument("--smoothed", type=int, default=2_000, help="test images for smoothing and cascades")
     parser.add_argument("--swept", type=int, default=600, help="test images for sweeps over samples and sigma")
+    add_out(parser)
     options = parser.parse_args()
     for name in ("smoothed", "swept"):
         if not 0 < getattr(options, name) <= options.images:
@@ -85,9 +85,8 @@ def main() -> None:
     data = fashion_mnist("test", options.data)[: options.images]
     report: dict[str, Any] = {"images": len(data), "smoothed": options.smoothed, "swept": options.swept}
     report |= {"models": options.models, "table": {}}
-    for i, named in enumerate(options.models):
-        name, _, place = named.partition("=")
-        scored = score(varlik.load(place or name, device="cpu"), data, options.work / "scores")
+    for i, (name, classifier) in enumerate(loaded(options.models)):
+        scored = score(classifier, data, options.work / "scores")
         report["table"][name] = two_by_two(scored, options.smoothed)
         if i == 0:
             report["model"] = name
@@ -95,11 +94,7 @@ def main() -> None:
             report["sweep"] = sweep(scored, options.swept)
             report["cascades"] = cascades(scored, options.smoothed)
     report["machine"] = asdict(machine(torch.device("cpu")))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "fashion-mnist-tables"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(as_markdown(report))
-    print(as_markdown(report))
+    write(options.out, "fashion-mnist-tables", report, as_markdown(report))
 
 
 def score(classifier: varlik.VARClassifier, data: Any, folder: Path) -> Scored:

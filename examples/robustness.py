@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,12 +28,12 @@ from torch import Tensor
 import varlik
 from examples.cwr import CNN, LOOP, fit, pixels_of, predict
 from examples.recipe import scoring_parameters
+from examples.report import add_models, add_out, loaded, write
 from varlik.datasets import LabelledImages, fashion_mnist
 from varlik.evaluation.machine import machine
 from varlik.images import load_many
 from varlik.scoring.score_table import score_table
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 SIGMAS = (0.08, 0.12, 0.18, 0.26, 0.38)
 QUALITIES = (25, 18, 15, 10, 7)
 CNN_LOOP = replace(LOOP, steps=4_000, checkpoint_every=500)
@@ -44,8 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="finished scores and the network")
     parser.add_argument("--data", type=Path, help="folder with the IDX files")
-    parser.add_argument("--models", nargs="+", default=["fashion-mnist"], metavar="NAME[=FOLDER]")
+    add_models(parser)
     parser.add_argument("--images", type=int, default=500)
+    add_out(parser)
     options = parser.parse_args()
     training, test = fashion_mnist("train", options.data), fashion_mnist("test", options.data)[: options.images]
     torch.manual_seed(0)
@@ -53,9 +53,7 @@ def main() -> None:
     fit(network, pixels_of(training), torch.from_numpy(training.labels), CNN_LOOP, options.work / "cnn")
     ways: dict[str, Callable[[LabelledImages], Tensor]] = {"network": lambda data: predict(network, pixels_of(data))}
     parameters = {"network": sum(p.numel() for p in network.parameters())}
-    for named in options.models:
-        name, _, place = named.partition("=")
-        classifier = varlik.load(place or name, device="cpu")
+    for name, classifier in loaded(options.models):
         ways[name] = partial(answers, classifier, folder=options.work / "scores")
         parameters[name] = scoring_parameters(classifier.var, classifier.vqvae)
     labels = torch.from_numpy(test.labels)
@@ -75,11 +73,7 @@ def main() -> None:
         "top1": found,
         "machine": asdict(machine(torch.device("cpu"))),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "robustness-fashion-mnist"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(as_markdown(report))
-    print(as_markdown(report))
+    write(options.out, "robustness-fashion-mnist", report, as_markdown(report))
 
 
 def noisy(data: LabelledImages, sigma: float) -> LabelledImages:

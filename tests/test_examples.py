@@ -12,10 +12,12 @@ from conftest import ROOT
 
 import varlik
 from varlik.datasets import FASHION_MNIST_CLASSES, LabelledImages
+from varlik.models.presets import bundled_folder
 
 # The scripts of the checkout, behind what is installed.
 sys.path.append(str(ROOT))
 from examples import class_incremental, fashion_mnist_cca, fashion_mnist_tables, robustness
+from examples.report import loaded
 
 COUNTS = {"train": 140, "held-out": 24, "test": 12}
 SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2}
@@ -32,17 +34,27 @@ def noise(split, folder=None):
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """Runs a module's `main` with some of its constants changed; returns the report that it wrote."""
+    out = tmp_path / "new" / "results"
 
     def run(module, name, *options, **constants):
-        for constant, value in (constants | {"fashion_mnist": noise, "RESULTS": tmp_path}).items():
+        for constant, value in (constants | {"fashion_mnist": noise}).items():
             monkeypatch.setattr(module, constant, value)
-        command = [module.__name__, "--work", str(tmp_path / "work"), *map(str, options)]
+        folders = ["--work", str(tmp_path / "work"), "--out", str(out)]
+        command = [module.__name__, *folders, *map(str, options)]
         monkeypatch.setattr(sys, "argv", command)
         module.main()
-        assert (tmp_path / f"{name}.md").read_text().startswith("# ")
-        return json.loads((tmp_path / f"{name}.json").read_text())
+        assert (out / f"{name}.md").read_text().startswith("# ")
+        return json.loads((out / f"{name}.json").read_text())
 
     return run
+
+
+def test_models_by_name_and_by_folder():
+    found = dict(loaded(["fashion-mnist", f"mine={bundled_folder('glyphs-100')}"]))
+    assert {name: len(classifier.class_names) for name, classifier in found.items()} == {
+        "fashion-mnist": 10,
+        "mine": 100,
+    }
 
 
 def test_robustness(script):
@@ -76,12 +88,12 @@ def test_cca(script, monkeypatch):
     changed = {name: replace(getattr(module, name), steps=2, batch_size=8) for name in loops}
     short, long = (module.Variant(0.05), module.Variant(0.2, learning_rate=1e-3)), (module.Variant(0.2, confused=True),)
     few = {"SHORT": short, "LONG": long, "CONFUSION_IMAGES": 20, "SEARCH_IMAGES": 10} | changed
-    few["SEEDS"] = (module.LONG_LOOP.seed, 7)
+    few["SEEDS"] = {"plain": (1, 7), "fashion-mnist": (1,)}
     few["VAR_CONFIG"] = replace(module.VAR_CONFIG, **SMALL)
     report = script(module, "fashion-mnist-cca", "--eager", **few)
     assert len(report["short"]) == 2 + len(short)
     assert len(report["long"]) == 1 + len(long)
-    assert [len(values) for values in report["final"].values()] == [1, 2, 2] * 2
+    assert [len(values) for values in report["final"].values()] == [1, 2, 2, 1, 1, 1]
     assert report["best"] == str(long[0])
     # All is found again.
     for name in ("train_cca", "train_var", "train", "accuracy"):
@@ -91,10 +103,10 @@ def test_cca(script, monkeypatch):
         script(module, "fashion-mnist-cca", "--only", "plain-long", **few)
 
 
-def test_class_incremental(script, tmp_path):
+def test_class_incremental(script):
     steps = ("--vqvae-steps", 2, "--var-steps", 2, "--steps", 2, "--baseline-steps", 2, "--baseline-seeds", 1)
     few = {"VAR_CONFIG": replace(class_incremental.VAR_CONFIG, **SMALL), "CHECKED": 4}
-    options = (*steps, "--images", 12, "--out", tmp_path, "--eager")
+    options = (*steps, "--images", 12, "--eager")
     report = script(class_incremental, "class-incremental", *options, **few)
     assert [row["method"] for row in report["rows"][:3]] == [f"varlik, {what}" for what in class_incremental.CHANGES]
     assert report["rows"][0]["drift"] == 0
