@@ -24,6 +24,7 @@ from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.training import loop as loop_module
 from varlik.training.distributed import World
+from varlik.training.metrics import MetricsLog
 from varlik.training.vqvae_file import load_vqvae, save_vqvae
 
 SIZES = {
@@ -187,12 +188,12 @@ def test_processes_take_parts_that_divide_a_batch():
 def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
     """Other data than folders write a name as it is."""
     seen = []
-    source = LabelledImages(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1]), ("t-shirt/TOP", "Elm"))
+    source = LabelledImages(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 1]), ("t-shirt/TOP", "Elm", "ash"))
     monkeypatch.setattr(training, "idx_folder", lambda *args: source)
     monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
     monkeypatch.setattr(training, "_finish", lambda *args: None)
     training.cca(training.Run("idx:x", tmp_path / "m", device="cpu", changes={"batch_size": 4}), str(model))
-    assert seen[0].labels.tolist() == [1, 2, 1, 2]
+    assert seen[0].labels.tolist() == [1, 2, 0, 2]
 
 
 def test_classes_are_found_by_name(model, tmp_path, monkeypatch):
@@ -349,6 +350,12 @@ def test_wrong_input(run, pictures, model, sizes, tmp_path):
         ('{"vae": {}}', ("config", "vqvae, preprocessing, var")),
         ('{"vqvae": {"width": 3}}', ("config", "vqvae has no width", "channels")),
         ('{"vqvae": {"channels": 3}}', ("num_groups",)),
+        ('{"vqvae": {"vocab_size": "x"}}', ("config", "vqvae.vocab_size", "'x'")),
+        ('{"vqvae": {"vocab_size": 20.5}}', ("config", "vqvae.vocab_size", "20.5")),
+        ('{"vqvae": {"patch_nums": 3}}', ("config", "vqvae.patch_nums", "(1, 2, ", "3")),
+        ('{"vqvae": {"patch_nums": [1, "2"]}}', ("config", "vqvae.patch_nums", "(1, '2')")),
+        ('{"vqvae": {"patch_nums": []}}', ("config", "vqvae.patch_nums", "()")),
+        ('{"preprocessing": {"padding": null}}', ("config", "preprocessing.padding", "None")),
         ('{"preprocessing": {"resize": 9, "crop": 9}}', ("config", "preprocessing gives")),
     ):
         sizes.write_text(text)
@@ -372,3 +379,137 @@ def test_a_missing_extra_is_one_line(run, pictures, model, sizes, tmp_path, monk
     given = ("--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
     fails(run("train", "var", "hf:mnist", *given), "varlik[train]")
     fails(run("train", "var", pictures, *given, "--tensorboard"), "varlik[train]")
+
+
+def of_names(monkeypatch, labels, names):
+    """Make "idx:x" data of noise with these labels."""
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8), dtype=np.uint8)
+    source = LabelledImages(images, np.array(labels), tuple(names))
+    monkeypatch.setattr(training, "idx_folder", lambda *args: source)
+
+
+@pytest.fixture
+def untokenised(monkeypatch):
+    """Fails where a token is made."""
+    monkeypatch.setattr(training, "cache_tokens", lambda *args, **_: pytest.fail("tokens were made"))
+
+
+@pytest.mark.usefixtures("untokenised")
+def test_numbers_are_no_names_of_classes(run, model, tmp_path, monkeypatch):
+    out = ("-m", model, "--out", tmp_path / "m", *FEW)
+    fails(run("train", "cca", draw(tmp_path / "data", ("0", "1", "2")), *out), "data", "'0'", "name")
+    of_names(monkeypatch, [0, 1, 2] * 4, ("elm", "ash", "1"))
+    fails(run("train", "cca", "idx:x", *out), "data", "'1'", "name")
+    named = draw(tmp_path / "named", ("ash", "elm", "t-shirt_top"))
+    for folder, name in (("digits", "1"), ("others", "fir")):
+        held_out = draw(tmp_path / folder, ("ash", name), 2)
+        fails(run("train", "cca", named, *out, "--held-out", held_out), "held_out", f"'{name}'")
+
+
+def test_numbers_that_are_names_of_classes(run, tmp_path):
+    var = VAR(replace(MANY, num_classes=3))
+    var.reset_parameters()
+    checkpoints.save(tmp_path / "m", var, VQVAE(VQVAE_CONFIG), ("2", "1", "0"), Preprocessing(8, 8, channels=1))
+    data = draw(tmp_path / "data", ("0", "1", "2"), 2)
+    ok(run("train", "cca", data, "-m", tmp_path / "m", "--out", tmp_path / "n", *FEW))
+    state = torch.load(tmp_path / "n/work/cca/checkpoint.pt", weights_only=True)
+    assert state["settings"]["size"] == 6
+
+
+def test_names_of_imagenet_folders_are_synsets(tmp_path, monkeypatch):
+    from varlik.models.presets import imagenet_class_names, imagenet_synset_ids
+
+    var = VAR(replace(MANY, num_classes=1000))
+    parts = (VQVAE(VQVAE_CONFIG), imagenet_class_names(), Preprocessing(8, 8, channels=1))
+    checkpoints.save(tmp_path / "m", var, *parts)
+    ids = sorted(imagenet_synset_ids(), reverse=True)
+    of_names(monkeypatch, range(1000), ids)
+    seen = []
+    monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **_: seen.append(data) or var)
+    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    training.cca(training.Run("idx:x", tmp_path / "n", device="cpu"), str(tmp_path / "m"))
+    assert seen[0].labels.tolist() == [imagenet_synset_ids().index(name) for name in ids]
+
+
+@pytest.mark.usefixtures("untokenised")
+def test_classes_without_images_are_named(run, model, tmp_path, monkeypatch):
+    for kind, labels, names, words in (
+        ("var", [0, 2, 0, 2] * 4, ("ash", "oak", "elm", "yew"), "none of 'oak', 'yew'"),
+        ("incremental", [0, 2, 0, 2] * 4, ("fir", "oak", "yew"), "none of 'oak'"),
+        ("cca", [0, 2, 0, 2] * 4, CLASSES, "none of 'T-shirt/top'"),
+        ("cca", [0, 1, 0, 1] * 4, ("elm", "ash"), "none of 'T-shirt/top'"),
+    ):
+        of_names(monkeypatch, labels, names)
+        start = ("--vqvae" if kind == "var" else "--model", model)
+        fails(run("train", kind, "idx:x", *start, "--out", tmp_path / "m", *FEW), "data", words)
+
+
+@pytest.mark.usefixtures("untokenised")
+def test_what_can_be_checked_is_checked_before_tokens(run, pictures, model, sizes, tmp_path, monkeypatch):
+    given = ("train", "var", pictures, "--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
+    fails(run(*given, "--held-out", tmp_path / "nowhere"), "varlik: held_out: ", "nowhere")
+    fails(run(*given, "--held-out", "fashion-mnist@none"), "varlik: held_out: ", "none")
+    fails(run(*given, "--held-out", 0.25, "--batch-size", 24), "batch_size 24", "18")
+    fails(run(*given, "--held-out", 0.99), "0.99", "'ash'")
+    other = draw(tmp_path / "other", ("fir",), 3)
+    fails(run(*given, "--held-out", other), "held_out", "fir")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    fails(run(*given, "--tensorboard"), "varlik[train]")
+    sizes.write_text('{"var": {"depth": "x"}}')
+    fails(run(*given), "config", "var.depth", "'x'")
+    sizes.write_text('{"var": {"vocab_size": 30}}')
+    fails(run(*given), "config", "var.vocab_size", "20", "30")
+    fails(run(*given[:-3], "--device", "gpu"), "device: 'gpu' cannot be used here")
+    for option, name in (("--evaluate-every", "evaluate_every"), ("--patience", "patience")):
+        fails(run(*given, option, 3), f"{name}: 3", "held_out")
+
+
+def test_held_out_images_of_some_new_classes(run, model, tmp_path, monkeypatch):
+    """They keep their place among the data's classes."""
+    seen = []
+    monkeypatch.setattr(training, "train_incremental", lambda var, *args, held_out, **_: seen.append(held_out) or var)
+    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    data, few = draw(tmp_path / "data", ("fir", "yew")), draw(tmp_path / "few", ("yew",), 3)
+    command = ("train", "incremental", data, "-m", model, "--out", tmp_path / "m", *FEW)
+    ok(run(*command, "--held-out", few))
+    assert seen[0].labels.tolist() == [4, 4, 4]
+    assert seen[0].class_names == (*CLASSES, "fir", "yew")
+    fails(run(*command, "--held-out", draw(tmp_path / "old", ("ash",), 3)), "held_out", "ash already")
+
+
+def test_what_is_said_of_the_weights_that_are_kept(run, pictures, model, sizes, tmp_path, monkeypatch):
+    scores = iter([1.0, 3.0, 2.0, 2.5, 3.5])
+    monkeypatch.setattr(loop_module._Run, "_check", lambda *args: None)
+    monkeypatch.setattr("varlik.training.var.mean_log_likelihood", lambda *args: next(scores))
+    given = ("train", "var", pictures, "--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
+    look = ("--steps", 9, "--held-out", 0.25, "--evaluate-every", 1, "--patience", 2)
+    out = ok(run(*given, *look)).splitlines()
+    assert out[0].startswith("step 2, ")
+    assert "score 3," in out[0]
+    assert out[1] == "kept the weights of step 2, which did best on what is held out; ended early, after step 4 of 9"
+    scores = iter([1.0, 2.0, 3.0])
+    out = ok(run(*given, "--steps", 3, *look[2:], "--work", tmp_path / "other"))
+    assert "kept the weights of step 3, which did best on what is held out\n" in out
+
+
+def test_interrupted(run, pictures, model, sizes, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    given = ("train", "var", pictures, "--vqvae", model, "--config", sizes, "--out", tmp_path / "m", *FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module._Run, "update", interrupted)
+        code, out, err = run(*given)
+    assert (code, out, len(err.splitlines())) == (130, "", 1)
+    assert "--resume" in err
+    ok(run(*given, "--resume"))
+
+
+@pytest.mark.parametrize("name", ["x{a}", "[bold]x"])
+def test_bars_go_to_stderr_under_any_name(capsys, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with MetricsLog(tmp_path / name, 0, 1) as log:
+        log.advance(1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert name in err

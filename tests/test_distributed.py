@@ -148,8 +148,13 @@ def test_every_process_has_its_own_gpu(monkeypatch):
     assert distributed.own_device() == distributed.own_device("cuda") == torch.device("cuda", 1)
     assert distributed.own_device("cuda:0") == torch.device("cuda", 0)
     assert distributed.own_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="finds 2 CUDA GPUs, no cuda:7"):
+        distributed.own_device("cuda:7")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="process 1 of this machine finds 1 CUDA GPUs"):
         distributed.own_device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.own_device() == torch.device("cpu")
+    for name in ("gpu", "xpu"):
+        with pytest.raises(ValueError, match=f"device: '{name}' cannot be used here"):
+            distributed.own_device(name)

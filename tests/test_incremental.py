@@ -309,7 +309,7 @@ def test_classes_that_grow_dependent_end_a_run_before_its_checkpoint(data, tmp_p
         ),
         (
             {"data": make_data(labels=torch.full((24,), OLD))},
-            "data: expected images of every new class, got none of [7]",
+            "data: expected images of every class, got none of 'class 7'",
         ),
         (
             {"data": make_data(labels=torch.arange(24) % OLD, names=NAMES[:OLD])},
@@ -328,7 +328,7 @@ def test_classes_that_grow_dependent_end_a_run_before_its_checkpoint(data, tmp_p
             "held_out: expected the classes",
         ),
         ({"held_out": make_data()}, "held_out: expected loop.evaluate_every of 1 or more along with it, got 0"),
-        ({"held_out": make_data(labels=torch.full((24,), OLD))}, "held_out: expected images of every new class"),
+        ({"held_out": make_data(labels=torch.full((24,), OLD))}, "held_out: expected images of every class"),
         ({"loop": loop(batch_size=25)}, "batch_size 25 exceeds the 24 items"),
     ],
 )

@@ -166,7 +166,7 @@ def test_wrong_token_maps_are_refused(vqvae, change, error, words):
         (lambda data: data.batch(torch.tensor([1, 2]), torch.tensor([0])), ValueError, ("variant", "(2,)", "(1,)")),
         (lambda data: data.token_maps(torch.tensor([99])), ValueError, ("rows", "99")),
         (lambda data: data.split(1.0), ValueError, ("share", "1.0")),
-        (lambda data: data.split(0.9), ValueError, ("share", "0.9", "class 0")),
+        (lambda data: data.split(0.9), ValueError, ("share", "0.9", "'a'")),
     ],
 )
 def test_wrong_questions_are_refused(data, call, error, words):
@@ -211,6 +211,22 @@ def test_a_folder_of_pictures(folder, tmp_path):
     assert image_folder(moved).fingerprint() == fingerprint
     (moved / "cat" / "1.PNG").rename(moved / "cat" / "2.PNG")
     assert image_folder(moved).fingerprint() != fingerprint
+
+
+def test_a_fingerprint_knows_pictures_that_were_edited_in_place(tmp_path):
+    for i in range(100):
+        path = tmp_path / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([i]))
+    found = image_folder(tmp_path)
+    before, seen = found.fingerprint(), 0
+    for path in found.paths:
+        kept = path.read_bytes()
+        path.write_bytes(b"x")
+        seen += found.fingerprint() != before
+        path.write_bytes(kept)
+    assert 20 <= seen <= 32
+    assert found.fingerprint() == before
 
 
 def test_folders_that_are_no_classes(folder, tmp_path):
@@ -300,7 +316,7 @@ def test_a_hugging_face_table(tmp_path):
     table.rename_column("picture", "first").add_column("second", rows["number"]).cast_column(
         "kind", hf.Value("int64")
     ).save_to_disk(str(tmp_path / "unnamed"))
-    with pytest.raises(ValueError, match=r"label: name the column.*ClassLabel"):
+    with pytest.raises(ValueError, match=r"label: name the column.*ClassLabel there is none.* label=.*save_to_disk"):
         hugging_face(tmp_path / "unnamed")
 
 
@@ -466,6 +482,43 @@ def test_what_is_no_cache_is_refused(vqvae, tmp_path):
     np.save(tmp_path / "tokens.npy", np.full((11, 1, 30), 77, np.uint8))
     with pytest.raises(ValueError, match="tokens: expected 0 to 19, got 77"):
         whole(vqvae, source(), tmp_path).batch(torch.tensor([0]))
+
+
+DAMAGES = ("cut", "no header", "empty", "shape", "type")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*((name, damage) for name in ("tokens.npy", "labels.npy") for damage in DAMAGES), ("labels.npy", "gone")],
+)
+def test_a_damaged_cache_is_refused(vqvae, tmp_path, name, damage):
+    whole(vqvae, source(), tmp_path)
+    path = tmp_path / name
+    array, raw = np.load(path), path.read_bytes()
+    path.write_bytes({"cut": raw[:-3], "no header": raw[:50]}.get(damage, b""))
+    if damage in ("shape", "type"):
+        np.save(path, array[:-1] if damage == "shape" else array.astype(float))
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(ValueError) as caught:
+        whole(vqvae, source(), tmp_path)
+    assert all(word in str(caught.value) for word in (f"{tmp_path}: the cache is damaged (", "remove it"))
+
+
+@pytest.mark.parametrize("name", ["tokens.partial.npy", "progress.json"])
+def test_a_damaged_cache_does_not_go_on(vqvae, tmp_path, monkeypatch, name):
+    def killed(vqvae, pixels):
+        raise KeyboardInterrupt
+
+    def tell(done, total):
+        monkeypatch.setattr(token_cache, "tokenize", killed)
+
+    with pytest.raises(KeyboardInterrupt):
+        whole(vqvae, source(), tmp_path, progress=tell)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-3])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"the cache is damaged.*remove it"):
+        whole(vqvae, source(), tmp_path)
 
 
 def test_unreadable_pictures_are_told_and_left_out(vqvae, folder, tmp_path):

@@ -42,6 +42,7 @@ PICTURE_SUFFIXES = (
     *(".pbm", ".pgm", ".ppm", ".pnm"),
 )
 """What a file in a folder must end in to be taken for a picture, in any case."""
+_FINGERPRINTED = 32  # files whose contents a fingerprint looks at
 
 Split = Literal["train", "held-out", "test"]
 SPLITS = ("train", "held-out", "test")
@@ -105,9 +106,14 @@ class PictureFiles:
         return self.paths[index]
 
     def fingerprint(self) -> str:
-        """Of the files' names and sizes, and the labels: wherever the folder lies, whenever it was copied."""
+        """Of all files' names and sizes, what at most 32 of them hold, evenly spaced, and the labels.
+
+        So it stays the same wherever the folder lies, whenever it was copied. Raises `OSError` for a file that is gone.
+        """
         files = [f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}" for path in self.paths]
-        return _digest(files, self.labels, self.class_names)
+        some = self.paths[:: max(1, -(-len(self) // _FINGERPRINTED))]
+        contents = [hashlib.blake2b(path.read_bytes()).hexdigest() for path in some]
+        return _digest(files, contents, self.labels, self.class_names)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,9 @@ def _column(features: Any, named: str | None, kind: type, what: str, name: str |
     if len(fitting) != 1:
         found = ", ".join(fitting) or "none"
         raise ValueError(
-            f"{what}: name the column, one of {', '.join(features)}; of type {kind.__name__} there is {found}"
+            f"{what}: name the column, one of {', '.join(features)}; of type {kind.__name__} there is {found}. "
+            f"In Python varlik.datasets.hugging_face takes {what}=; for a command, save the table (save_to_disk) with "
+            "one column of that type (cast_column)"
         )
     return fitting[0]
 

@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints.
 
-Exit codes: 0 all went well; 1 a check failed; 2 the input was wrong (one line on stderr says how).
+Exit codes: 0 all went well; 1 a check failed; 2 the input was wrong (one line on stderr says how);
+130 a training was interrupted.
 """
 
 from __future__ import annotations

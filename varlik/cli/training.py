@@ -46,10 +46,13 @@ def _run(
             help="Share of the images, or more DATA: how a model does on them decides which weights are kept."
         ),
     ] = None,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between looks at what is held out.")] = 250,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between looks at what is held out.", show_default="250")
+    ] = None,
     patience: Annotated[
-        int, typer.Option(min=0, help="End after so many looks without improvement; 0: run all steps.")
-    ] = 3,
+        int | None,
+        typer.Option(min=0, help="End after so many looks without improvement; 0: run all steps.", show_default="3"),
+    ] = None,
     variants: Annotated[
         str,
         typer.Option(
@@ -129,6 +132,9 @@ def _command(*without: str) -> Callable[[Callable[..., Trained | None]], None]:
                 done = function(_run(**given), **mine)
             except (ImportError, FloatingPointError) as error:  # a missing extra, a training that diverged
                 raise ValueError(str(error)) from error
+            except KeyboardInterrupt:
+                complain("stopped; the same command with --resume goes on")
+                raise typer.Exit(130) from None
             if done is not None:
                 figures = ", ".join(f"{name} {value:g}" for name, value in done.record.items())
                 for line in (*filter(None, (figures,)), *done.notes, f"wrote {done.out}"):

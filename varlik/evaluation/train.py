@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +25,10 @@ from varlik.models.presets import get_preset
 from varlik.models.vqvae import VQVAE
 from varlik.training import distributed
 from varlik.training.cca import PRESETS, train_cca
-from varlik.training.data import TrainingTokens
+from varlik.training.data import TrainingTokens, check_every_class
 from varlik.training.incremental import CHANGES, Change, extend, train_incremental
 from varlik.training.loop import LoopConfig, check_batch
+from varlik.training.metrics import summary_writer
 from varlik.training.pixels import PLAIN, Pixels
 from varlik.training.token_cache import cache_tokens
 from varlik.training.var import train_var
@@ -34,6 +36,9 @@ from varlik.training.vqvae import train_vqvae
 from varlik.training.vqvae_file import load_vqvae, save_vqvae
 
 Names = tuple[str, ...]
+# For the argument that brings data ("data" or "held_out") and its names of classes: their labels in the model, and the
+# model's names of classes.
+Classes = Callable[[str, Names], tuple[Tensor, Names]]
 
 
 @contextmanager
@@ -59,8 +64,8 @@ class Run:
     (default: `out`/work). A checkpoint there is gone on from with `resume` and refused without. `variants` are those of
     `varlik.training.pixels`. `complain` is told of images that cannot be read; `progress()` opens what is told how far
     a kind of work is. `held_out` is a share of the data, or other images: how a model does on them is looked at every
-    `evaluate_every` steps and decides which weights are kept; after `patience` looks without improvement the run ends.
-    `changes` are made to the command's `LoopConfig`, where they are not None.
+    `evaluate_every` steps (250 for None) and decides which weights are kept; after `patience` (3) looks without
+    improvement the run ends. `changes` are made to the command's `LoopConfig`, where they are not None.
     """
 
     data: str
@@ -74,8 +79,8 @@ class Run:
     complain: Callable[[Exception], None] | None = None
     progress: Callable[[], AbstractContextManager[Callable[[str, int, int], None]]] = _silent
     held_out: str | None = None
-    evaluate_every: int = 250
-    patience: int = 3
+    evaluate_every: int | None = None
+    patience: int | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,13 +89,22 @@ class Run:
         return self.work or self.out / "work"
 
     def loop(self, usual: LoopConfig) -> LoopConfig:
-        """The loop of a command, changed as asked for; few steps also warm up for fewer. Raises as `LoopConfig`."""
+        """The loop of a command, changed as asked for; few steps also warm up for fewer.
+
+        Raises as `LoopConfig` and `check_batch`, `ValueError` for looks at nothing, `ImportError` without TensorBoard.
+        """
         given = {name: value for name, value in self.changes.items() if value is not None}
         warmup = min(usual.warmup, given.get("steps", usual.steps) // 10)
-        if self.held_out is not None:
-            given |= {"evaluate_every": self.evaluate_every, "patience": self.patience}
+        for name, default in (("evaluate_every", 250), ("patience", 3)):
+            value = getattr(self, name)
+            if self.held_out is not None:
+                given[name] = default if value is None else value
+            elif value is not None:
+                raise ValueError(f"{name}: {value} needs held_out, which says what to look at")
         loop = replace(usual, warmup=warmup, **given)
         check_batch(loop)  # tokens take long
+        if loop.tensorboard:
+            summary_writer()
         return loop
 
     def stage(self, name: str) -> Path:
@@ -104,68 +118,64 @@ class Run:
         return folder
 
     def tokens(
-        self,
-        loop: LoopConfig,
-        vqvae: VQVAE,
-        preprocessing: Preprocessing,
-        classes: Callable[[Names], tuple[Tensor, Names]],
+        self, loop: LoopConfig, vqvae: VQVAE, preprocessing: Preprocessing, classes: Classes, old: int = 0
     ) -> tuple[TrainingTokens, TrainingTokens | None]:
         """Token maps to train on and those held out, cached.
 
-        `classes` gives, for the data's names of classes, their labels in the model and the model's names of classes.
-        Raises `ValueError` for fewer images than a batch of `loop`, before any is tokenised.
+        The data must have images of all classes of the model but the first `old` ones. Raises `ValueError` where they
+        have not, and for fewer images to train on than a batch of `loop`, before any is tokenised, which takes long.
         """
         share = None if self.held_out is None else _share(self.held_out)
-        data = self._cached(self.data, "tokens", self.variants, vqvae, preprocessing, classes, loop)
-        if self.held_out is None:
-            return data, None
-        if share is not None:
-            return data.split(share, self.changes.get("seed", 0))
-        return data, self._cached(self.held_out, "held-out-tokens", (PLAIN,), vqvae, preprocessing, classes)
+        source, held_out = images_of(self.data), None
+        labels, names = classes("data", source.class_names)
+        if self.held_out is not None and share is None:
+            held_out = images_of(self.held_out, "held_out")
+            held_out_labels, _ = classes("held_out", held_out.class_names)
 
-    def _cached(
-        self,
-        data: str,
-        folder: str,
-        variants: tuple[str, ...],
-        vqvae: VQVAE,
-        preprocessing: Preprocessing,
-        classes: Callable[[Names], tuple[Tensor, Names]],
-        loop: LoopConfig | None = None,
-    ) -> TrainingTokens:
-        source = images_of(data)
-        labels, names = classes(source.class_names)  # first: tokens take long
-        if loop is not None:
-            check_batch(loop, len(source))
-        with self.progress() as tell:
-            tokens = cache_tokens(
-                source,
-                vqvae,
-                preprocessing,
-                self.folder / folder,
-                variants=variants,
-                seed=self.changes.get("seed", 0) if len(variants) > 1 else 0,
-                complain=self.complain,
-                progress=lambda *done: tell(f"tokens of {data}", *done),
-            )
-        return replace(tokens, labels=labels[tokens.labels], class_names=names)
+        # All that there is to check but tokens.
+        own = labels[torch.from_numpy(np.array(source.labels, np.int64))]
+        no_tokens = np.zeros((1, 1, sum(p * p for p in vqvae.config.patch_nums)), np.uint8)
+        outline = TrainingTokens(no_tokens, own - old, names[old:], vqvae.quantize, torch.zeros_like(own))
+        check_every_class(outline)
+        check_batch(loop, len(outline if share is None else outline.split(share, loop.seed)[0]))
+
+        def cached(source: ImageSource, labels: Tensor, folder: str, variants: tuple[str, ...]) -> TrainingTokens:
+            with self.progress() as tell:
+                tokens = cache_tokens(
+                    source,
+                    vqvae,
+                    preprocessing,
+                    self.folder / folder,
+                    variants=variants,
+                    seed=loop.seed if len(variants) > 1 else 0,
+                    complain=self.complain,
+                    progress=lambda *done: tell(folder, *done),
+                )
+            return replace(tokens, labels=labels[tokens.labels], class_names=names)
+
+        data = cached(source, labels, "tokens", self.variants)
+        if share is not None:
+            return data.split(share, loop.seed)
+        if held_out is None:
+            return data, None
+        return data, cached(held_out, held_out_labels, "held-out-tokens", (PLAIN,))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training ended with: the last record of its metrics, and what there is to say."""
+    """What a training ended with: the record of its metrics for the weights that are kept, and what there is to say."""
 
     out: Path
     record: Mapping[str, float]
     notes: tuple[str, ...]
 
 
-def images_of(text: str) -> ImageSource:
+def images_of(text: str, argument: str = "data") -> ImageSource:
     """Labelled images by what people write for them.
 
     A folder with a sub-folder for each class; "idx:FOLDER" with IDX files; "hf:NAME" of a Hugging Face data set or a
     saved one's folder; the name of a bundled model's data set, "fashion-mnist" or "glyphs-100:FOLDER". All but the
-    first may end in "@SPLIT" (default: train, or as `hugging_face` says).
+    first may end in "@SPLIT" (default: train, or as `hugging_face` says). `argument` is for messages.
 
     Raises what the functions of `varlik.datasets` raise.
     """
@@ -182,13 +192,14 @@ def images_of(text: str) -> ImageSource:
     if name in DATA_SETS:
         split = split or plain_split or "train"
         if split not in SPLITS:
-            raise ValueError(f"data: {name} has the splits {', '.join(SPLITS)}, got {split!r}")
+            raise ValueError(f"{argument}: {name} has the splits {', '.join(SPLITS)}, got {split!r}")
         if name == "glyphs-100" and not rest:
-            raise ValueError("data: name the folder with the data set's file, glyphs-100:FOLDER")
+            raise ValueError(f"{argument}: name the folder with the data set's file, glyphs-100:FOLDER")
         return DATA_SETS[name](split, rest or None)
     if not Path(text).is_dir():
         raise FileNotFoundError(
-            f"data: {text!r} is no folder here, no idx:FOLDER, hf:NAME or name of a data set ({', '.join(DATA_SETS)})"
+            f"{argument}: {text!r} is no folder here, no idx:FOLDER, hf:NAME or name of a data set "
+            f"({', '.join(DATA_SETS)})"
         )
     return image_folder(text)
 
@@ -208,7 +219,7 @@ def vqvae(run: Run, like: str, config: Path | None = None) -> Trained | None:
         raise ValueError(f"config: preprocessing gives (side, channels) {given}, but the VQ-VAE takes {taken}")
     pixels = Pixels(images_of(run.data), preprocessing, run.complain)
     model = train_vqvae(pixels, shape, loop, folder, device=run.device, quiet=run.quiet)
-    return _finish(run, folder, lambda: save_vqvae(run.out, model, preprocessing))
+    return _finish(run, loop, folder, lambda: save_vqvae(run.out, model, preprocessing))
 
 
 def var(run: Run, vqvae: str, like: str, config: Path | None = None) -> Trained | None:
@@ -221,21 +232,17 @@ def var(run: Run, vqvae: str, like: str, config: Path | None = None) -> Trained 
     preset, changes = get_preset(like), _read_config(config)
     autoencoder, preprocessing = load_vqvae(vqvae)
     autoencoder.to(distributed.own_device(run.device))
-    known: list[str] = []
-
-    def classes(names: Names) -> tuple[Tensor, Names]:
-        if not known:
-            known.extend(names)
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"held_out: expected classes of the data, got {', '.join(unknown)}")
-        return torch.tensor([known.index(name) for name in names]), tuple(known)
-
-    data, held_out = run.tokens(loop, autoencoder, preprocessing, classes)
-    fixed = {field: getattr(autoencoder.config, field) for field in ("patch_nums", "vocab_size", "codebook_dim")}
-    fixed["num_classes"] = data.num_classes
-    shape = _changed(replace(preset.var, **fixed), changes.get("var", {}), "var")
+    changes = changes.get("var", {})
+    fixed = {name: getattr(autoencoder.config, name) for name in ("patch_nums", "vocab_size", "codebook_dim")}
+    shape = _changed(replace(preset.var, **fixed), changes, "var")
+    for name, value in fixed.items():
+        if getattr(shape, name) != value:
+            raise ValueError(f"config: var.{name}: expected {value} as of the VQ-VAE, got {getattr(shape, name)}")
+    data, held_out = run.tokens(loop, autoencoder, preprocessing, _classes_of_data())
+    shape = replace(shape, num_classes=changes.get("num_classes", data.num_classes))
     model = train_var(data, shape, loop, folder, compiled=run.compiled, quiet=run.quiet, held_out=held_out)
-    return _finish(run, folder, lambda: checkpoints.save(run.out, model, autoencoder, data.class_names, preprocessing))
+    parts = (autoencoder, data.class_names, preprocessing)
+    return _finish(run, loop, folder, lambda: checkpoints.save(run.out, model, *parts))
 
 
 def cca(
@@ -261,15 +268,18 @@ def cca(
     parts = (start.vqvae, start.class_names, start.preprocessing)
     classifier = VARClassifier(start.var, *parts, name=start.name)
 
-    def classes(names: Names) -> tuple[Tensor, Names]:
+    def classes(argument: str, names: Names) -> tuple[Tensor, Names]:
         if names == start.class_names:
             return torch.arange(len(names)), names
+        for name in names:
+            if name.isdecimal() and name not in start.class_names:  # or it would be taken for an index
+                raise ValueError(f"{argument}: expected classes of {start.name} by name, which knows no {name!r}")
         try:
             found = [class_index(classifier, name) for name in names]
         except ValueError as error:
-            raise ValueError(f"data: expected classes of the model; {error}") from error
+            raise ValueError(f"{argument}: expected classes of the model; {error}") from error
         if len(set(found)) < len(found):
-            raise ValueError(f"data: two of {', '.join(names)} are one class of {start.name}")
+            raise ValueError(f"{argument}: two of {', '.join(names)} are one class of {start.name}")
         return torch.tensor(found), start.class_names
 
     data, held_out = run.tokens(loop, start.vqvae, start.preprocessing, classes)
@@ -277,7 +287,7 @@ def cca(
         start.var, data, config, loop, folder, held_out=held_out, compiled=run.compiled, quiet=run.quiet
     )
     note = f"a calibration of {start.name} does not fit this model: run varlik calibrate"
-    return _finish(run, folder, lambda: checkpoints.save(run.out, trained, *parts), (note,))
+    return _finish(run, loop, folder, lambda: checkpoints.save(run.out, trained, *parts), (note,))
 
 
 def incremental(run: Run, model: str, what: str = "embeddings") -> Trained | None:
@@ -291,20 +301,34 @@ def incremental(run: Run, model: str, what: str = "embeddings") -> Trained | Non
     folder, loop = run.stage("incremental"), run.loop(INCREMENTAL_LOOPS[what])
     start = _start(run, model)
     old = start.class_names
+    known, place = {name.casefold() for name in old}, _classes_of_data(old)
 
-    def classes(names: Names) -> tuple[Tensor, Names]:
-        known = {name.casefold() for name in old}
+    def classes(argument: str, names: Names) -> tuple[Tensor, Names]:
         if both := [name for name in names if name.casefold() in known]:
-            raise ValueError(f"data: expected new classes only, but {start.name} knows {', '.join(both)} already")
-        return torch.arange(len(names)) + len(old), (*old, *names)
+            raise ValueError(f"{argument}: expected new classes only, but {start.name} knows {', '.join(both)} already")
+        return place(argument, names)
 
-    data, held_out = run.tokens(loop, start.vqvae, start.preprocessing, classes)
+    data, held_out = run.tokens(loop, start.vqvae, start.preprocessing, classes, old=len(old))
     trained = train_incremental(
         start.var, data, what, loop, folder, held_out=held_out, compiled=run.compiled, quiet=run.quiet
     )
     new = data.class_names[len(old) :]
     note = f"{len(new)} new classes after {len(old)} old ones; for all of them run varlik calibrate"
-    return _finish(run, folder, lambda: extend(run.out, start, trained, new), (note,))
+    return _finish(run, loop, folder, lambda: extend(run.out, start, trained, new), (note,))
+
+
+def _classes_of_data(old: Names = ()) -> Classes:
+    """Classes of the data come after the `old` ones, in their order; what is held out may have fewer of them."""
+    known: list[str] = []
+
+    def classes(argument: str, names: Names) -> tuple[Tensor, Names]:
+        if not known:
+            known.extend(names)
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{argument}: expected classes of the data, got {', '.join(unknown)}")
+        return torch.tensor([len(old) + known.index(name) for name in names]), (*old, *known)
+
+    return classes
 
 
 def _parts_of_a_process(batch_size: int, alone: int, processes: int) -> int:
@@ -327,7 +351,9 @@ def _start(run: Run, model: str) -> Checkpoint:
     return start
 
 
-def _finish(run: Run, folder: Path, save: Callable[[], object], notes: tuple[str, ...] = ()) -> Trained | None:
+def _finish(
+    run: Run, loop: LoopConfig, folder: Path, save: Callable[[], object], notes: tuple[str, ...] = ()
+) -> Trained | None:
     """Write the model and say how training went; of several processes the first one does, the others give None."""
     main = distributed.world().main
     distributed.leave()
@@ -336,12 +362,17 @@ def _finish(run: Run, folder: Path, save: Callable[[], object], notes: tuple[str
     save()
     file = folder / "metrics.jsonl"  # someone may have removed it after the last step
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    scores = {record["step"]: record["score"] for record in records if "score" in record}
-    if 0 in scores and max(scores.values()) == scores[0]:
-        notes = ("no step did better on what is held out than the start, so the weights stay what they were", *notes)
-    last = records[-1] if records else {}
+    kept = records[-1] if records else {}
+    if looks := [record for record in records if "score" in record]:
+        last, kept = kept["step"], max(looks, key=lambda record: record["score"])  # the first of the best
+        note = f"kept the weights of step {kept['step']}, which did best on what is held out"
+        if kept["step"] == 0:
+            note = "no step did better on what is held out than the start, so the weights stay what they were"
+        if last < loop.steps:
+            note += f"; ended early, after step {last} of {loop.steps}"
+        notes = (note, *notes)
     # A figure that was not finite is null in the file.
-    return Trained(run.out, {k: math.nan if v is None else v for k, v in last.items()}, notes)
+    return Trained(run.out, {k: math.nan if v is None else v for k, v in kept.items()}, notes)
 
 
 def _read_config(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -358,14 +389,20 @@ def _read_config(file: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _changed(value: Any, changes: Mapping[str, Any], name: str) -> Any:
-    """A configuration with some fields changed; lists become tuples."""
-    known = {field.name for field in dataclasses.fields(value)}
-    if unknown := sorted(set(changes) - known):
+    """A configuration with some fields changed, to values of the same types; lists become tuples."""
+    known = dataclasses.asdict(value)
+    if unknown := sorted(set(changes) - set(known)):
         raise ValueError(f"config: {name} has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-    try:
-        return replace(value, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
-    except TypeError as error:
-        raise ValueError(f"config: {name} cannot be understood: {error}") from error
+    changes = {key: tuple(given) if isinstance(given, list) else given for key, given in changes.items()}
+    for key, given in changes.items():
+        if _types(given) != _types(known[key]):
+            raise ValueError(f"config: {name}.{key}: expected a value such as {known[key]!r}, got {given!r}")
+    return replace(value, **changes)
+
+
+def _types(value: Any) -> set[type]:
+    """The type of a value, or of the items of a tuple along with it."""
+    return {type(value), *map(type, value)} if isinstance(value, tuple) else {type(value)}
 
 
 def _share(text: str) -> float | None:

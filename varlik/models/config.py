@@ -7,7 +7,7 @@ safetensors header of ours carries (see `checkpoints.py`), so a file describes i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -34,15 +34,12 @@ class VARConfig:
     attn_l2_norm: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("depth", "embed_dim", "num_heads", "vocab_size", "codebook_dim", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        _check_positive(self, ("depth", "embed_dim", "num_heads", "vocab_size", "codebook_dim", "num_classes"))
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if len(self.patch_nums) < 2 or self.patch_nums[0] != 1:
             raise ValueError(f"patch_nums: expected two or more scales that start at 1, got {self.patch_nums}")
-        if any(a >= b for a, b in pairwise(self.patch_nums)):
-            raise ValueError(f"patch_nums: expected sides that grow, got {self.patch_nums}")
+        _check_sides(self.patch_nums)
 
     @property
     def num_scales(self) -> int:
@@ -89,6 +86,10 @@ class VQVAEConfig:
     patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
     def __post_init__(self) -> None:
+        _check_positive(self, ("channels", "num_res_blocks", "num_groups", "in_channels", "codebook_dim", "vocab_size"))
+        _check_sides(self.patch_nums)
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers: expected positive numbers, got {self.channel_multipliers}")
         if self.attention not in ("deepest level and mid", "mid only"):
             raise ValueError(f"attention: expected 'deepest level and mid' or 'mid only', got {self.attention!r}")
         for multiplier in self.channel_multipliers:
@@ -107,6 +108,17 @@ class VQVAEConfig:
     def resolution(self) -> int:
         """Side, in pixels, of the images the model takes."""
         return self.patch_nums[-1] * self.downsampling
+
+
+def _check_positive(config: VARConfig | VQVAEConfig, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected a positive number, got {getattr(config, name)}")
+
+
+def _check_sides(patch_nums: Sequence[int]) -> None:
+    if not patch_nums or patch_nums[0] < 1 or any(a >= b for a, b in pairwise(patch_nums)):
+        raise ValueError(f"patch_nums: expected positive sides that grow, got {patch_nums}")
 
 
 @dataclass(frozen=True)

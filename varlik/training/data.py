@@ -212,13 +212,13 @@ def check_fits(name: str, config: VARConfig, data: TrainingTokens, device: torch
         raise ValueError(f"{name}: expected its quantizer on {device}, as the model, got {codebook.weight.device}")
 
 
-def check_every_class(data: TrainingTokens) -> None:
-    """Raise `ValueError` unless `data` hold an image of each class that they name."""
+def check_every_class(data: TrainingTokens, name: str = "data", first: int = 0) -> None:
+    """Raise `ValueError` unless the argument called `name` holds an image of each class that it names, from `first` on."""
     counts = data.labels.bincount(minlength=data.num_classes).tolist()
-    empty = [name for name, count in zip(data.class_names, counts, strict=True) if not count]
+    empty = [named for named, count in zip(data.class_names[first:], counts[first:], strict=True) if not count]
     if empty:
         such = ", ".join(map(repr, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(f"data: expected images of every class, got none of {such}")
+        raise ValueError(f"{name}: expected images of every class, got none of {such}")
 
 
 def token_type(vocab_size: int) -> type[np.integer]:

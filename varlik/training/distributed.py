@@ -53,15 +53,20 @@ def _variable(name: str, default: str | None = None) -> int:
 def own_device(device: str | torch.device | None = None) -> torch.device:
     """The device this process trains on: its own CUDA GPU where there is one (also for "cuda"), else the CPU.
 
-    Raises `ValueError` where this machine has fewer GPUs than processes.
+    Raises `ValueError` for a device that is not there, and where this machine has fewer GPUs than processes.
     """
-    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if str(wanted) != "cuda":
-        return wanted
-    here = world().local_rank
-    if here >= torch.cuda.device_count():
-        raise ValueError(f"device: process {here} of this machine finds {torch.cuda.device_count()} CUDA GPUs")
-    return torch.device("cuda", here)
+    try:
+        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if wanted.type != "cuda":
+            torch.empty(0, device=wanted)
+            return wanted
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    here, count = world().local_rank, torch.cuda.device_count()
+    index = here if wanted.index is None else wanted.index
+    if index >= count:
+        raise ValueError(f"device: process {here} of this machine finds {count} CUDA GPUs, no cuda:{index}")
+    return torch.device("cuda", index)
 
 
 def join(device: torch.device) -> World:

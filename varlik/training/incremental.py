@@ -29,7 +29,7 @@ from varlik.models import checkpoints
 from varlik.models.checkpoints import Checkpoint
 from varlik.models.var import VAR, ClassVectors
 from varlik.models.weights import digest
-from varlik.training.data import TrainingTokens, check_fits, check_model
+from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model
 from varlik.training.likelihood import Score, log_likelihood, mean_log_likelihood
 from varlik.training.loop import LoopConfig, Part, check_looked_at, train
 from varlik.training.metrics import Metrics
@@ -298,7 +298,5 @@ def _check_data(name: str, model: VAR, data: TrainingTokens) -> int:
     check_fits(name, replace(model.config, num_classes=total), data, model.pos_start.device)
     if int(labels.min()) < old:
         raise ValueError(f"{name}: expected labels of new classes, {old} to {total - 1}, got {int(labels.min())}")
-    absent = sorted(set(range(old, total)) - set(labels.unique().tolist()))
-    if absent:
-        raise ValueError(f"{name}: expected images of every new class, got none of {absent}")
+    check_every_class(data, name, old)
     return old

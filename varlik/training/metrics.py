@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Metrics = dict[str, float]
@@ -23,17 +24,17 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first: int, end: int, tensorboard: bool = False, quiet: bool = False):
         self._path = folder / "metrics.jsonl"
-        self._board = _board(folder / "tensorboard", first) if tensorboard else None
+        self._board = summary_writer()(str(folder / "tensorboard"), purge_step=first + 1) if tensorboard else None
         _cut_back(self._path, first)
         columns = (
-            TextColumn(folder.name),
+            TextColumn("{task.description}", markup=False),  # a folder may be called [bold] or {x}
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, disable=quiet)
-        self._bar = self._progress.add_task("", total=end, completed=first, note="")
+        self._progress = Progress(*columns, console=Console(stderr=True), disable=quiet)
+        self._bar = self._progress.add_task(folder.name, total=end, completed=first, note="")
 
     def __enter__(self) -> MetricsLog:
         self._file = open(self._path, "a")
@@ -82,9 +83,10 @@ def _cut_back(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def _board(folder: Path, first: int) -> Any:
+def summary_writer() -> Any:
+    """The class that writes for TensorBoard. Raises `ImportError` where that is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("tensorboard: is not installed: python -m pip install 'varlik[train]'") from error
-    return SummaryWriter(str(folder), purge_step=first + 1)
+    return SummaryWriter

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ def cache_tokens(
     told to `complain` and left out, or without it raise. `progress` is told how many of all images are done. Started by
     torchrun, process 0 writes and the others wait for it.
 
-    Raises `ValueError` for a cache made of something else, naming what differs, for an image that cannot be read, for
-    variants that `check_variants` refuses, for no image, and where none is left of a class; `OSError` for a folder that
-    cannot be written.
+    Raises `ValueError` for a cache made of something else, naming what differs, or damaged, for an image that cannot be
+    read, for variants that `check_variants` refuses, for no image, and where none is left of a class; `OSError` for a
+    folder that cannot be written.
     """
     check_variants(variants)
     if not len(source.labels):
@@ -66,9 +67,10 @@ def cache_tokens(
         while not finished.exists():
             time.sleep(0.2)
         _check_about(folder, about)
-    tokens, labels = np.load(finished, mmap_mode="r"), np.load(folder / "labels.npy")
-    if tokens.shape != _shape(about) or labels.shape != tokens.shape[:1]:
-        raise ValueError(f"{folder}: the cache is damaged: tokens {tokens.shape}, labels {labels.shape}; remove it")
+    with _intact(folder):
+        tokens, labels = _mapped(finished, about), np.load(folder / "labels.npy")
+        if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
+            raise ValueError(f"labels.npy holds {labels.shape} {labels.dtype}")
     if complain is None and (labels < 0).any():
         raise ValueError(f"{folder}: the cache leaves out {(labels < 0).sum()} images that could not be read")
     places = torch.from_numpy(labels >= 0).nonzero().flatten()
@@ -95,6 +97,23 @@ def _about(
 
 def _shape(about: dict[str, Any]) -> tuple[int, int, int]:
     return about["images"], len(about["variants"]), sum(p * p for p in about["patch_nums"])
+
+
+@contextmanager
+def _intact(folder: Path) -> Iterator[None]:
+    """Say of what goes wrong while files of a cache are read that it is damaged."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, EOFError, FileNotFoundError) as error:
+        raise ValueError(f"{folder}: the cache is damaged ({error}); remove it") from error
+
+
+def _mapped(path: Path, about: dict[str, Any]) -> np.ndarray:
+    """Tokens (n, A, L), read-only. Raises `ValueError` for a file cut short or of another shape or type."""
+    tokens = np.load(path, mmap_mode="r")
+    if tokens.shape != _shape(about) or tokens.dtype != token_type(about["codes"]):
+        raise ValueError(f"{path.name} holds {tokens.shape} {tokens.dtype}")
+    return tokens
 
 
 def _check_about(folder: Path, about: dict[str, Any]) -> None:
@@ -130,8 +149,10 @@ def _write(
     shape, kind = _shape(about), token_type(about["codes"])
     done, unreadable = 0, []
     if partial.exists() and state.exists():
-        done, unreadable = (json.loads(state.read_text())[key] for key in ("done", "unreadable"))
-        tokens = np.lib.format.open_memmap(partial, mode="r+")
+        with _intact(folder):
+            done, unreadable = (json.loads(state.read_text())[key] for key in ("done", "unreadable"))
+            _mapped(partial, about)  # which is refused if short: to write, it would be filled up with zeros
+            tokens = np.lib.format.open_memmap(partial, mode="r+")
     else:
         tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=shape)
 
