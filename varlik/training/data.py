@@ -213,7 +213,7 @@ def check_fits(name: str, config: VARConfig, data: TrainingTokens, device: torch
 
 
 def check_every_class(data: TrainingTokens, name: str = "data", first: int = 0) -> None:
-    """Raise `ValueError` unless the argument called `name` holds an image of each class that it names, from `first` on."""
+    """Raise `ValueError` unless the argument called `name` holds images of every class of its names from `first` on."""
     counts = data.labels.bincount(minlength=data.num_classes).tolist()
     empty = [named for named, count in zip(data.class_names[first:], counts[first:], strict=True) if not count]
     if empty:
