@@ -23,6 +23,7 @@ from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.training import cca, likelihood
 from varlik.training.cca import PRESETS, CCAConfig, cca_loss, confusion, train_cca
 from varlik.training.data import TrainingTokens
+from varlik.training.distributed import World
 from varlik.training.likelihood import log_likelihood
 from varlik.training.loop import LoopConfig, Part, batch_indices, generator
 from varlik.training.reference_scores import Reference
@@ -320,6 +321,17 @@ def test_accuracy_among_many_classes(monkeypatch):
     )
     assert cca.accuracy(model, data) == (estimates.argmax(1) == data.labels).double().mean().item()
     assert scored == [CLASSES - 1, 1]
+
+
+def test_processes_share_accuracy(monkeypatch):
+    model, data = start(), make_data(2, 1)
+    monkeypatch.setattr(cca.distributed, "sum_", lambda tensor: None)
+    shares = []
+    for rank in range(4):  # more than images
+        monkeypatch.setattr(cca.distributed, "world", lambda rank=rank: World(rank, 4, 0))
+        shares.append(cca._shared_accuracy(model, data))
+    assert sum(shares) == cca.accuracy(model, data)
+    assert shares[2:] == [0, 0]
 
 
 def test_training_prefers_the_own_class(tmp_path):

@@ -478,7 +478,7 @@ def test_groups_that_cannot_be_guessed(golden, tmp_path):
     [
         ({"depth": None}, "metadata lacks depth"),
         ({"embed_dim": "wide"}, "metadata key embed_dim"),
-        ({"num_heads": '"2"'}, "metadata cannot be understood"),
+        ({"num_heads": '"2"'}, "num_heads: expected a positive whole number, got '2'"),
         ({"patch_nums": "null"}, "metadata cannot be understood"),
         ({"class_names": '["a"]'}, "1 class_names for 7 classes"),
         ({"class_names": "[]"}, "0 class_names for 7 classes"),

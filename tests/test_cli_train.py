@@ -183,6 +183,7 @@ def test_processes_share_the_parts_of_a_preset(model, tmp_path, monkeypatch, siz
 
 def test_processes_take_parts_that_divide_a_batch():
     assert [training._parts_of_a_process(240, 30, size) for size in (1, 3, 8)] == [30, 10, 5]
+    assert [training._parts_of_a_process(16, 32, size) for size in (1, 2, 16)] == [16, 8, 1]  # no more than images
 
 
 def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
@@ -455,6 +456,8 @@ def test_what_can_be_checked_is_checked_before_tokens(run, pictures, model, size
     fails(run(*given, "--held-out", other), "held_out", "fir")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     fails(run(*given, "--tensorboard"), "varlik[train]")
+    sizes.write_text('{"var": {"num_classes": 7}}')
+    fails(run(*given), "config", "var.num_classes", "expected 3", "7")
     sizes.write_text('{"var": {"depth": "x"}}')
     fails(run(*given), "config", "var.depth", "'x'")
     sizes.write_text('{"var": {"vocab_size": 30}}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import zipfile
 from dataclasses import replace
 from itertools import pairwise
 
@@ -253,20 +254,34 @@ def test_a_vqvae_goes_on_with_the_same_pixels_only(tmp_path):
         train_vqvae(cut, VQ, loop(4), tmp_path / "source", quiet=True)
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "zeros", "text", "foreign", "list"])
+@pytest.mark.parametrize("damage", ["empty", "short", "zeros", "flipped", "text", "foreign", "list", "archive"])
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     train_var(tokens(), VAR, loop(2), tmp_path, quiet=True)
     path = tmp_path / "checkpoint.pt"
     whole = path.read_bytes()
     if damage in ("foreign", "list"):
         torch.save({"a": 1} if damage == "foreign" else [1], path)
+    elif damage == "archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/text", "some text")
     else:
+        weight = torch.load(path)["model"]["word_embed.weight"].numpy().tobytes()
+        place = whole.index(weight)
+        flipped = whole[:place] + bytes([weight[0] ^ 1]) + whole[place + 1 :]
         half = len(whole) // 2
         path.write_bytes(
-            {"empty": b"", "short": whole[:half], "zeros": whole[:half] + bytes(half), "text": b"some text"}[damage]
-        )
+            {"empty": b"", "short": whole[:half], "zeros": whole[:half] + bytes(half), "flipped": flipped,
+             "text": b"some text"}[damage]
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"checkpoint.pt is no checkpoint of a training, or damaged: remove it"):
         train_var(tokens(), VAR, loop(2), tmp_path, quiet=True)
+
+
+def test_numbers_of_numpy_can_be_resumed(tmp_path):
+    config = loop(np.int64(2), learning_rate=np.float64(5e-3))
+    for _ in range(2):
+        contrast_var(train_var(tokens(), VAR, config, tmp_path / "a", quiet=True), tokens(), config, tmp_path / "b",
+                     np.float64(0.3), quiet=True)  # fmt: skip
 
 
 def test_classes_without_images_are_refused(data, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,14 @@ def test_a_fingerprint_knows_pictures_that_were_edited_in_place(tmp_path):
         path.write_bytes(kept)
     assert 20 <= seen <= 32
     assert found.fingerprint() == before
+
+
+def test_a_fingerprint_of_pictures_that_may_not_be_read(folder, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert len(image_folder(folder).fingerprint()) > 0
 
 
 def test_folders_that_are_no_classes(folder, tmp_path):
@@ -484,7 +493,7 @@ def test_what_is_no_cache_is_refused(vqvae, tmp_path):
         whole(vqvae, source(), tmp_path).batch(torch.tensor([0]))
 
 
-DAMAGES = ("cut", "no header", "empty", "shape", "type")
+DAMAGES = ("cut", "no header", "header", "empty", "shape", "type")
 
 
 @pytest.mark.parametrize(
@@ -495,7 +504,7 @@ def test_a_damaged_cache_is_refused(vqvae, tmp_path, name, damage):
     whole(vqvae, source(), tmp_path)
     path = tmp_path / name
     array, raw = np.load(path), path.read_bytes()
-    path.write_bytes({"cut": raw[:-3], "no header": raw[:50]}.get(damage, b""))
+    path.write_bytes({"cut": raw[:-3], "no header": raw[:50], "header": raw.replace(b"(", b"x", 1)}.get(damage, b""))
     if damage in ("shape", "type"):
         np.save(path, array[:-1] if damage == "shape" else array.astype(float))
     if damage == "gone":

@@ -108,11 +108,12 @@ class PictureFiles:
     def fingerprint(self) -> str:
         """Of all files' names and sizes, what at most 32 of them hold, evenly spaced, and the labels.
 
-        So it stays the same wherever the folder lies, whenever it was copied. Raises `OSError` for a file that is gone.
+        So it stays the same wherever the folder lies, whenever it was copied. Files that cannot be opened count by name
+        and size alone. Raises `OSError` for a file that is gone.
         """
         files = [f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}" for path in self.paths]
         some = self.paths[:: max(1, -(-len(self) // _FINGERPRINTED))]
-        contents = [hashlib.blake2b(path.read_bytes()).hexdigest() for path in some]
+        contents = [_contents(path) for path in some]
         return _digest(files, contents, self.labels, self.class_names)
 
 
@@ -218,6 +219,14 @@ def _column(features: Any, named: str | None, kind: type, what: str, name: str |
             "one column of that type (cast_column)"
         )
     return fitting[0]
+
+
+def _contents(path: Path) -> str:
+    """Digits that stand for what a file holds; none for one that may not be read."""
+    try:
+        return hashlib.blake2b(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _digest(*parts: Any) -> str:

@@ -238,8 +238,16 @@ def var(run: Run, vqvae: str, like: str, config: Path | None = None) -> Trained 
     for name, value in fixed.items():
         if getattr(shape, name) != value:
             raise ValueError(f"config: var.{name}: expected {value} as of the VQ-VAE, got {getattr(shape, name)}")
-    data, held_out = run.tokens(loop, autoencoder, preprocessing, _classes_of_data())
-    shape = replace(shape, num_classes=changes.get("num_classes", data.num_classes))
+    place = _classes_of_data()
+
+    def classes(argument: str, names: Names) -> tuple[Tensor, Names]:
+        labels, known = place(argument, names)
+        if (count := changes.get("num_classes", len(known))) != len(known):
+            raise ValueError(f"config: var.num_classes: expected {len(known)} as of the data, got {count}")
+        return labels, known
+
+    data, held_out = run.tokens(loop, autoencoder, preprocessing, classes)
+    shape = replace(shape, num_classes=data.num_classes)
     model = train_var(data, shape, loop, folder, compiled=run.compiled, quiet=run.quiet, held_out=held_out)
     parts = (autoencoder, data.class_names, preprocessing)
     return _finish(run, loop, folder, lambda: checkpoints.save(run.out, model, *parts))
@@ -332,8 +340,12 @@ def _classes_of_data(old: Names = ()) -> Classes:
 
 
 def _parts_of_a_process(batch_size: int, alone: int, processes: int) -> int:
-    """The fewest equal parts for each of so many processes that make as many in all as for one `alone`, or more."""
-    for count in range(max(1, -(-alone // processes)), batch_size + 1):
+    """The fewest equal parts for each of so many processes that make as many in all as for one `alone`, or more.
+
+    Where a batch has fewer images than that, parts of one image.
+    """
+    fewest = min(-(-alone // processes), batch_size // processes)
+    for count in range(max(1, fewest), batch_size + 1):
         if batch_size % (processes * count) == 0:
             return count
     raise ValueError(f"batch_size: {batch_size} images cannot be shared by {processes} processes")

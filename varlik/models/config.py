@@ -112,13 +112,15 @@ class VQVAEConfig:
 
 def _check_positive(config: VARConfig | VQVAEConfig, names: Sequence[str]) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected a positive number, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
 
 
 def _check_sides(patch_nums: Sequence[int]) -> None:
-    if not patch_nums or patch_nums[0] < 1 or any(a >= b for a, b in pairwise(patch_nums)):
-        raise ValueError(f"patch_nums: expected positive sides that grow, got {patch_nums}")
+    whole = bool(patch_nums) and all(isinstance(side, int) for side in patch_nums)
+    if not whole or patch_nums[0] < 1 or any(a >= b for a, b in pairwise(patch_nums)):
+        raise ValueError(f"patch_nums: expected positive whole sides that grow, got {patch_nums}")
 
 
 @dataclass(frozen=True)

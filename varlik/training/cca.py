@@ -24,7 +24,7 @@ from varlik.scoring.engine import Engine
 from varlik.scoring.first_order import first_order_log_likelihood
 from varlik.scoring.score_table import SHARD, score_table
 from varlik.training import distributed
-from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model
+from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model, fingerprints
 from varlik.training.likelihood import score_of
 from varlik.training.loop import LoopConfig, Part, batch_indices, check_batch, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
@@ -179,8 +179,7 @@ def train_cca(
         "cca": asdict(config),
         "model": digest(model),
         "reference": digest(reference),
-        "data": data.fingerprint(),
-        "held_out": held_out and held_out.fingerprint(),
+        **fingerprints(data, held_out),
     }
     if negatives is not None:
         settings["negatives"] = negatives = negatives.detach().cpu()
@@ -227,7 +226,8 @@ def _count_right(model: VAR, data: TrainingTokens, rows: Tensor) -> int:
 def _shared_accuracy(model: VAR, data: TrainingTokens) -> float:
     """`accuracy`, of which every process finds a part: all must call it."""
     world = distributed.world()
-    right = torch.tensor(_count_right(model, data, torch.arange(world.rank, len(data), world.size)))
+    own = torch.arange(len(data))[world.rank :: world.size]  # none where there are more processes than images
+    right = torch.tensor(_count_right(model, data, own) if len(own) else 0)
     distributed.sum_(right)
     return right.item() / len(data)
 

@@ -212,13 +212,18 @@ def check_fits(name: str, config: VARConfig, data: TrainingTokens, device: torch
         raise ValueError(f"{name}: expected its quantizer on {device}, as the model, got {codebook.weight.device}")
 
 
-def check_every_class(data: TrainingTokens, name: str = "data", first: int = 0) -> None:
-    """Raise `ValueError` unless the argument called `name` holds images of every class of its names from `first` on."""
+def fingerprints(data: TrainingTokens, held_out: TrainingTokens | None) -> dict[str, str]:
+    """Of what a run trains on and, if there is such, is validated with."""
+    return {name: tokens.fingerprint() for name, tokens in (("data", data), ("held_out", held_out)) if tokens}
+
+
+def check_every_class(data: TrainingTokens, first: int = 0) -> None:
+    """Raise `ValueError` unless the argument `data` holds images of every class of its names from `first` on."""
     counts = data.labels.bincount(minlength=data.num_classes).tolist()
     empty = [named for named, count in zip(data.class_names[first:], counts[first:], strict=True) if not count]
     if empty:
         such = ", ".join(map(repr, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(f"{name}: expected images of every class, got none of {such}")
+        raise ValueError(f"data: expected images of every class, got none of {such}")
 
 
 def token_type(vocab_size: int) -> type[np.integer]:

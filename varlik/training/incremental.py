@@ -29,7 +29,7 @@ from varlik.models import checkpoints
 from varlik.models.checkpoints import Checkpoint
 from varlik.models.var import VAR, ClassVectors
 from varlik.models.weights import digest
-from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model
+from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model, fingerprints
 from varlik.training.likelihood import Score, log_likelihood, mean_log_likelihood
 from varlik.training.loop import LoopConfig, Part, check_looked_at, train
 from varlik.training.metrics import Metrics
@@ -128,6 +128,7 @@ def train_incremental(
     if what not in CHANGES:
         raise ValueError(f"what: expected one of {', '.join(map(repr, CHANGES))}, got {what!r}")
     old = _check_data("data", model, data)
+    check_every_class(data, first=old)
     if held_out is not None:
         _check_data("held_out", model, held_out)
         if held_out.class_names != data.class_names:
@@ -152,8 +153,7 @@ def train_incremental(
         "what": what,
         "model": digest(model),
         "class_names": list(data.class_names),
-        "data": data.fingerprint(),
-        "held_out": held_out and held_out.fingerprint(),
+        **fingerprints(data, held_out),
     }
     loss = _loss_of_part(data, loop, torch.compile(score) if compiled else score, grown.config.null_class, what)
     validate = None if held_out is None else lambda _: mean_log_likelihood(score, held_out)
@@ -161,10 +161,8 @@ def train_incremental(
     def check_foldable(step: int) -> Metrics:
         """Before a checkpoint, so that a run does not come to its end in vain."""
         done = step + 1
-        kept = done in (loop.stop, loop.steps) or any(
-            every and done % every == 0 for every in (loop.checkpoint_every, loop.evaluate_every)
-        )
-        if classes and classes.offsets and kept:
+        last = held_out is None and done in (loop.stop, loop.steps)  # else the best weights are folded, not these
+        if classes and classes.offsets and (last or done % loop.checkpoint_every == 0):
             _check_independent(classes.weight)
         return {}
 
@@ -298,5 +296,4 @@ def _check_data(name: str, model: VAR, data: TrainingTokens) -> int:
     check_fits(name, replace(model.config, num_classes=total), data, model.pos_start.device)
     if int(labels.min()) < old:
         raise ValueError(f"{name}: expected labels of new classes, {old} to {total - 1}, got {int(labels.min())}")
-    check_every_class(data, name, old)
     return old

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +76,9 @@ class LoopConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a number of NumPy's, which `torch.load` would refuse to read again
+                object.__setattr__(self, name, value.item())
         at_least_1 = ("steps", "batch_size", "checkpoint_every", "log_every", "accumulate")
         for name in (*at_least_1, "warmup", "stop", "evaluate_every", "patience", "seed"):
             if not isinstance(getattr(self, name), int):
@@ -377,7 +382,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "config": asdict(self.config),
-            "settings": self.settings,
+            "settings": _plain(self.settings),
             "model": self.model.state_dict(),
             "averaged": self.averaged,
             "best": self.best,
@@ -422,15 +427,35 @@ class _Run:
 def _read(path: Path) -> dict[str, Any]:
     """What `_Run.save` wrote. Raises `ValueError` for a file that is something else, or damaged."""
     refusal = f"{path} is no checkpoint of a training, or damaged: remove it to start again"
-    with open(path, "rb") as file:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        # A damaged archive shows in many ways, as whatever the unpickler or the zip reader trip over.
-        except (RuntimeError, ValueError, LookupError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ValueError(refusal) from error
+    if not _intact(path):
+        raise ValueError(refusal)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(refusal) from error
     if not isinstance(state, dict) or not state.keys() >= _SAVED:
         raise ValueError(refusal)
     return state
+
+
+def _intact(path: Path) -> bool:
+    """Whether a file is an archive of torch's with the checksums that were written: `torch.load` looks at none."""
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                named = any(name.endswith("/data.pkl") for name in archive.namelist())
+                return named and archive.testzip() is None
+        except (OSError, MemoryError):
+            raise
+        except Exception:  # whatever the reader trips over
+            return False
+
+
+def _plain(value: Any) -> Any:
+    """Settings without NumPy's numbers, which `torch.load` refuses to read."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _told(name: str, theirs: Any, mine: Any) -> str:

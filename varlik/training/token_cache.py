@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def _intact(folder: Path) -> Iterator[None]:
     """Say of what goes wrong while files of a cache are read that it is damaged."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, FileNotFoundError) as error:
+    except (ValueError, TypeError, LookupError, EOFError, SyntaxError, TokenError, FileNotFoundError) as error:
         raise ValueError(f"{folder}: the cache is damaged ({error}); remove it") from error
 
 

@@ -16,7 +16,7 @@ from varlik.models.var import VAR
 from varlik.models.vqvae import VQVAE
 from varlik.models.weights import digest
 from varlik.training import distributed
-from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model
+from varlik.training.data import TrainingTokens, check_every_class, check_fits, check_model, fingerprints
 from varlik.training.likelihood import mean_log_likelihood, score_of
 from varlik.training.loop import LoopConfig, Part, batch_indices, check_looked_at, generator, train
 from varlik.training.metrics import Metrics
@@ -77,7 +77,7 @@ def train_var(
         return -score(labels, tokens, inputs).mean() / config.num_tokens, {}
 
     validate = None if held_out is None else lambda _: mean_log_likelihood(score_of(model), held_out)
-    settings = asdict(config) | {"data": data.fingerprint(), "held_out": held_out and held_out.fingerprint()}
+    settings = asdict(config) | fingerprints(data, held_out)
     return train(model, loss_of_part, loop, folder, len(data), validate=validate, settings=settings, quiet=quiet).eval()
 
 
