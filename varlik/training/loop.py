@@ -8,10 +8,7 @@ the step sees the same images and takes the same random decisions.
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from varlik.training import distributed
+from varlik.training import checkpoint_file, distributed
 from varlik.training.metrics import Metrics, MetricsLog
 from varlik.training.muon import Muon
 
@@ -31,8 +28,6 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 
 # How a run is carried out is no part of what is computed, so it may change when a run is resumed.
 _FREE = {"checkpoint_every", "log_every", "accumulate", "tensorboard"}
-# What a checkpoint holds.
-_SAVED = {"step", "seconds", "config", "settings", "model", "averaged", "best", "scaler", "optimizers"}
 
 
 _LARGEST_SEED = 2**40  # `generator` makes 63 bits of it and a step
@@ -382,32 +377,22 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "config": asdict(self.config),
-            "settings": _plain(self.settings),
+            "settings": self.settings,
             "model": self.model.state_dict(),
             "averaged": self.averaged,
             "best": self.best,
             "scaler": self.scaler.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        checkpoint_file.write(path, state)
 
     def resume(self, path: Path) -> None:
         """Take over a checkpoint, if there is one, onto the model's device."""
         if path.exists():
-            state = _read(path)
+            state = checkpoint_file.read(path)
             mine = {k: v for k, v in asdict(self.config).items() if k not in _FREE} | self.settings
             theirs = {k: v for k, v in state["config"].items() if k not in _FREE} | state["settings"]
-            differing = [
-                _told(name, theirs.get(name), mine.get(name))
-                for name in dict.fromkeys((*mine, *theirs))
-                if name not in mine or name not in theirs or not _same(mine[name], theirs[name])
-            ]
-            if differing:
+            if differing := checkpoint_file.differences(theirs, mine):
                 raise ValueError(
                     f"{path} was written with another {', '.join(differing)}: go on with the same, or in another folder"
                 )
@@ -422,50 +407,3 @@ class _Run:
         distributed.broadcast_([first])
         if first != self.step:
             raise RuntimeError(f"{path}: process 0 found step {first}, this one {self.step}: do they see one folder?")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What `_Run.save` wrote. Raises `ValueError` for a file that is something else, or damaged."""
-    refusal = f"{path} is no checkpoint of a training, or damaged: remove it to start again"
-    if not _intact(path):
-        raise ValueError(refusal)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(refusal) from error
-    if not isinstance(state, dict) or not state.keys() >= _SAVED:
-        raise ValueError(refusal)
-    return state
-
-
-def _intact(path: Path) -> bool:
-    """Whether a file is an archive of torch's with the checksums that were written: `torch.load` looks at none."""
-    with open(path, "rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                named = any(name.endswith("/data.pkl") for name in archive.namelist())
-                return named and archive.testzip() is None
-        except (OSError, MemoryError):
-            raise
-        except Exception:  # whatever the reader trips over
-            return False
-
-
-def _plain(value: Any) -> Any:
-    """Settings without NumPy's numbers, which `torch.load` refuses to read."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _told(name: str, theirs: Any, mine: Any) -> str:
-    """A differing setting's name and, where they say something, its values."""
-    plain = all(isinstance(value, (int, float)) for value in (theirs, mine))
-    return f"{name} ({theirs}, now {mine})" if plain else name
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two settings are one; numbers of tensors may differ by rounding, as they are computed anew."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.allclose(one.cpu().double(), other.cpu().double(), rtol=1e-3, atol=0)
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
