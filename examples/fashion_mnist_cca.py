@@ -85,6 +85,7 @@ SHORT = (
     Variant(0.2, confused=True, learning_rate=1e-3),
 )
 LONG = (Variant(0.2, confused=True), Variant(1.0, confused=True))
+COURSE = ("decided", "log_ratio", "negative_log_ratio")  # of a run's metrics
 CONFUSION_IMAGES = 1_000  # of the training ones
 SEARCH_IMAGES = 1_500  # of the held-out ones, for comparing variants
 # Of the final runs, for the order of images, negatives and labels that are left out; the first one chose the variant.
@@ -126,6 +127,9 @@ def main() -> None:
             others = [f"-seed{seed}" for seed in seeds[1:]]
             final[f"{base}, {what}"] = [unseen(f"{base}-long-{folder}{seed}") for seed in ("", *others)]
     report = {"short": short, "long": long, "best": str(best), "final": final}
+    report["course"] = {
+        base: course(options.work / f"{base}-long-{best.folder}-run" / "metrics.jsonl") for base in SEEDS
+    }
     report["machine"] = asdict(machine(bundled.device))
     write(options.out, "fashion-mnist-cca", report, as_markdown(report))
 
@@ -205,6 +209,14 @@ def more_likelihood(model: VAR, data: TrainingTokens, loop: LoopConfig, folder: 
     return train(model.train(), loss_of_part, loop, folder, len(data), settings=settings).eval()
 
 
+def course(file: Path) -> list[dict[str, float]]:
+    """Means over each third of a run's records: shares of 1 and nats."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    size = -(-len(records) // 3)
+    parts = [records[first : first + size] for first in range(0, len(records), size)]
+    return [{name: mean(record[name] for record in part) for name in COURSE} for part in parts]
+
+
 def as_markdown(report: dict[str, Any]) -> str:
     """All tables."""
     lines = [
@@ -227,8 +239,32 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"deviation of {len(SEEDS['plain'])} seeds:",
         "",
         *table(report["final"]),
+        "",
+        ahead(report["final"]),
+        "",
+        "Those of the first seed, over each third of the steps: share of the negatives that were less likely than the "
+        "image's own class, and nats by which own classes and negatives moved from the reference:",
+        "",
+        "| from | third | less likely | own | negatives |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {base} | {i} | {part['decided']:.1%} | {part['log_ratio']:.1f} | {part['negative_log_ratio']:.1f} |"
+            for base, parts in report["course"].items()
+            for i, part in enumerate(parts, 1)
+        ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def ahead(final: dict[str, list[float]]) -> str:
+    """How far CCA from plain is ahead of the control, seed by seed, and of plain."""
+    pairs = zip(final["plain, CCA"], final["plain, more likelihood"], strict=True)
+    gains = [100 * (tuned - control) for tuned, control in pairs]
+    over_plain = 100 * (mean(final["plain, CCA"]) - final["plain"][0])
+    return (
+        f"From plain, CCA is ahead of more likelihood by {mean(gains):.2f} ± {stdev(gains) / len(gains) ** 0.5:.2f} "
+        f"points (standard error over seeds), of plain by {over_plain:.2f}."
+    )
 
 
 def table(accuracies: dict[str, list[float]]) -> list[str]:

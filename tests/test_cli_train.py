@@ -18,6 +18,7 @@ from tiny_model import MANY, VQVAE_CONFIG
 import varlik
 from varlik.datasets import LabelledImages
 from varlik.evaluation import train as training
+from varlik.evaluation import training_run
 from varlik.models import checkpoints
 from varlik.models.config import Preprocessing
 from varlik.models.var import VAR
@@ -166,7 +167,7 @@ def test_processes_share_the_parts_of_a_preset(model, tmp_path, monkeypatch, siz
     seen = []
     monkeypatch.setattr(training.distributed, "world", lambda: World(0, size, 0))
     monkeypatch.setattr(training, "train_cca", lambda var, data, config, loop, *args, **_: seen.append(loop) or var)
-    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    monkeypatch.setattr(training.Run, "finish", lambda *args: None)
     monkeypatch.setattr(training.Run, "tokens", lambda *args: (None, None))
     run = training.Run("", tmp_path / "m", device="cpu")
     training.cca(run, str(model), "d16")
@@ -190,9 +191,9 @@ def test_names_with_slashes_are_found(model, tmp_path, monkeypatch):
     """Other data than folders write a name as it is."""
     seen = []
     source = LabelledImages(np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 1]), ("t-shirt/TOP", "Elm", "ash"))
-    monkeypatch.setattr(training, "idx_folder", lambda *args: source)
+    monkeypatch.setattr(training_run, "idx_folder", lambda *args: source)
     monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
-    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    monkeypatch.setattr(training.Run, "finish", lambda *args: None)
     training.cca(training.Run("idx:x", tmp_path / "m", device="cpu", changes={"batch_size": 4}), str(model))
     assert seen[0].labels.tolist() == [1, 2, 0, 2]
 
@@ -201,7 +202,7 @@ def test_classes_are_found_by_name(model, tmp_path, monkeypatch):
     data = draw(tmp_path / "data", ("Elm", "ash", "t-shirt_top"), 2)
     seen = []
     monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **kwargs: seen.append(data) or var)
-    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    monkeypatch.setattr(training.Run, "finish", lambda *args: None)
     training.cca(training.Run(str(data), tmp_path / "m", device="cpu", changes={"batch_size": 6}), str(model))
     assert seen[0].class_names == CLASSES
     assert seen[0].labels.tolist() == [2, 2, 0, 0, 1, 1]
@@ -280,16 +281,16 @@ def test_unreadable_pictures_are_named_and_left_out(run, model, sizes, tmp_path)
 
 def test_data_by_name(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(training, "idx_folder", lambda *args: asked.append(("idx", *args)))
-    monkeypatch.setattr(training, "hugging_face", lambda *args: asked.append(("hf", *args)))
+    monkeypatch.setattr(training_run, "idx_folder", lambda *args: asked.append(("idx", *args)))
+    monkeypatch.setattr(training_run, "hugging_face", lambda *args: asked.append(("hf", *args)))
     for name in ("fashion-mnist", "glyphs-100"):
-        monkeypatch.setitem(training.DATA_SETS, name, lambda *args, name=name: asked.append((name, *args)))
+        monkeypatch.setitem(training_run.DATA_SETS, name, lambda *args, name=name: asked.append((name, *args)))
     for text in ("idx:a/b", "idx:a@test", "hf:org/name", "hf:/a/b@dev", "fashion-mnist", "fashion-mnist@held-out"):
-        training.images_of(text)
-    training.images_of("fashion-mnist:a/b@test")
-    training.images_of("glyphs-100:g")
-    training.images_of("idx:me@home/a")
-    training.images_of("idx:me@home/a@test")
+        training_run.images_of(text)
+    training_run.images_of("fashion-mnist:a/b@test")
+    training_run.images_of("glyphs-100:g")
+    training_run.images_of("idx:me@home/a")
+    training_run.images_of("idx:me@home/a@test")
     assert asked == [
         ("idx", "a/b", "train"),
         ("idx", "a", "test"),
@@ -303,9 +304,9 @@ def test_data_by_name(tmp_path, monkeypatch):
         ("idx", "me@home/a", "test"),
     ]
     with pytest.raises(ValueError, match="train, held-out, test"):
-        training.images_of("fashion-mnist@validation")
+        training_run.images_of("fashion-mnist@validation")
     with pytest.raises(ValueError, match="glyphs-100:FOLDER"):
-        training.images_of("glyphs-100")
+        training_run.images_of("glyphs-100")
 
 
 def test_a_vqvae_alone(tmp_path, model):
@@ -386,13 +387,13 @@ def of_names(monkeypatch, labels, names):
     """Make "idx:x" data of noise with these labels."""
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8), dtype=np.uint8)
     source = LabelledImages(images, np.array(labels), tuple(names))
-    monkeypatch.setattr(training, "idx_folder", lambda *args: source)
+    monkeypatch.setattr(training_run, "idx_folder", lambda *args: source)
 
 
 @pytest.fixture
 def untokenised(monkeypatch):
     """Fails where a token is made."""
-    monkeypatch.setattr(training, "cache_tokens", lambda *args, **_: pytest.fail("tokens were made"))
+    monkeypatch.setattr(training_run, "cache_tokens", lambda *args, **_: pytest.fail("tokens were made"))
 
 
 @pytest.mark.usefixtures("untokenised")
@@ -427,7 +428,7 @@ def test_names_of_imagenet_folders_are_synsets(tmp_path, monkeypatch):
     of_names(monkeypatch, range(1000), ids)
     seen = []
     monkeypatch.setattr(training, "train_cca", lambda var, data, *args, **_: seen.append(data) or var)
-    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    monkeypatch.setattr(training.Run, "finish", lambda *args: None)
     training.cca(training.Run("idx:x", tmp_path / "n", device="cpu"), str(tmp_path / "m"))
     assert seen[0].labels.tolist() == [imagenet_synset_ids().index(name) for name in ids]
 
@@ -471,7 +472,7 @@ def test_held_out_images_of_some_new_classes(run, model, tmp_path, monkeypatch):
     """They keep their place among the data's classes."""
     seen = []
     monkeypatch.setattr(training, "train_incremental", lambda var, *args, held_out, **_: seen.append(held_out) or var)
-    monkeypatch.setattr(training, "_finish", lambda *args: None)
+    monkeypatch.setattr(training.Run, "finish", lambda *args: None)
     data, few = draw(tmp_path / "data", ("fir", "yew")), draw(tmp_path / "few", ("yew",), 3)
     command = ("train", "incremental", data, "-m", model, "--out", tmp_path / "m", *FEW)
     ok(run(*command, "--held-out", few))

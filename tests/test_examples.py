@@ -85,7 +85,7 @@ def test_tables(script):
 def test_cca(script, monkeypatch):
     module = fashion_mnist_cca
     loops = ("PLAIN_LOOP", "SHORT_LOOP", "LONG_LOOP")
-    changed = {name: replace(getattr(module, name), steps=2, batch_size=8) for name in loops}
+    changed = {name: replace(getattr(module, name), steps=3, batch_size=8, log_every=1) for name in loops}
     short, long = (module.Variant(0.05), module.Variant(0.2, learning_rate=1e-3)), (module.Variant(0.2, confused=True),)
     few = {"SHORT": short, "LONG": long, "CONFUSION_IMAGES": 20, "SEARCH_IMAGES": 10} | changed
     few["SEEDS"] = {"plain": (1, 7), "fashion-mnist": (1,)}
@@ -95,6 +95,7 @@ def test_cca(script, monkeypatch):
     assert len(report["long"]) == 1 + len(long)
     assert [len(values) for values in report["final"].values()] == [1, 2, 2, 1, 1, 1]
     assert report["best"] == str(long[0])
+    assert [len(parts) for parts in report["course"].values()] == [3, 3]
     # All is found again.
     for name in ("train_cca", "train_var", "train", "accuracy"):
         monkeypatch.setattr(module, name, None)

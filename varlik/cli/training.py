@@ -13,7 +13,7 @@ from rich.markup import escape
 from varlik.cli.shared import Device, Model, complain, console, progress_bar
 
 if TYPE_CHECKING:
-    from varlik.evaluation.train import Run, Trained
+    from varlik.evaluation.training_run import Run, Trained
 
 train = typer.Typer(
     help="Train a VQ-VAE, a VAR on its tokens, fine-tune it, add classes to it. "
@@ -85,7 +85,7 @@ def _run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> Run:
     """What all trainings have in common."""
-    from varlik.evaluation.train import Run
+    from varlik.evaluation.training_run import Run
 
     return Run(
         data,

@@ -50,7 +50,7 @@ def train_var(
 ) -> VAR:
     """Train a new model on `data`, on the device of its quantizer, and return it.
 
-    A tenth of the labels becomes the null class. `compiled` runs the step through `torch.compile` (about 1.4 x faster
+    A tenth of the labels becomes the null class. `compiled` runs the step through `torch.compile` (about 1.3 x faster
     on a CPU). With `held_out`, the mean log-likelihood of its images under their own classes, found every
     `loop.evaluate_every` steps, decides which weights are kept and when to stop early. `folder`: see `loop.train`.
 
